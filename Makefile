@@ -1,0 +1,42 @@
+# make demo: a chat answer from a bounded cache.  make test: the test suite.  `make help` lists the rest.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PYTEST_ARGS ?= -q
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test gpu-test check
+
+help:  ## list the verbs
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.trimkv-base  ## install, fetch the default model and answer a question with 256 KV slots
+	$(BIN)/trimkv generate --model smollm2 --prompt-file examples/demo_prompt.txt --budget 256 --max-new-tokens 96
+
+test: $(VENV)/.trimkv-test  ## install the test extra and run the test suite on the CPU
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+gpu-test:  ## run the tests marked gpu with $(PYTHON) as it is: nothing is installed
+	PYTHONPATH=src $(PYTHON) -m pytest -m gpu $(PYTEST_ARGS)
+
+check: $(VENV)/.trimkv-test  ## ruff: lint and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "trimkv needs Python 3.11 or newer as '$(PYTHON)'; name another with: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+	  { echo "cannot create $(VENV): install Python's venv module (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
+
+# Stamps: nothing is reinstalled until the requirements change.
+$(VENV)/.trimkv-base: pyproject.toml constraints.txt | $(BIN)/pip
+	@echo "Installing trimkv into $(VENV) (PyTorch is large: a few minutes the first time)" >&2
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/.trimkv-test: pyproject.toml constraints.txt | $(BIN)/pip
+	@echo "Installing trimkv and its test tools into $(VENV) (PyTorch is large: a few minutes the first time)" >&2
+	@$(PIP) -e '.[test]'
+	@touch $(VENV)/.trimkv-base $@

@@ -1,0 +1,206 @@
+"""The cache object that models and generate see."""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
+
+from .layers import BoundedLayer
+
+
+@dataclass(frozen=True)
+class RowSnapshot:
+    """A copy of one row of a cache: a fixed number of bytes, whatever the number of tokens seen."""
+
+    layers: tuple
+    long_rope: bool = False
+
+    @property
+    def tokens_seen(self) -> int:
+        return next(entry["columns"] for entry in self.layers if "columns" in entry)
+
+
+class BoundedCache(Cache):
+    """A transformers cache whose full-attention layers live in a fixed number of slots.
+
+    Pass it as ``past_key_values`` to ``model.generate`` or ``model(...)``; build it with ``bounded_cache``. Layers of
+    other kinds (sliding windows, linear attention) keep the cache layer that transformers gives them.
+
+    Not possible, and refused with a message: cropping, and with it assisted and prompt-lookup decoding, because evicted
+    tokens cannot come back.
+    """
+
+    def __init__(self, layers: list):
+        super().__init__(layers=layers)
+        self.long_rope = False  # whether kept keys carry LongRoPE's long rotations (rope.py)
+
+    def bind(self, model) -> None:
+        """Called by the model's hook at the start of each forward; checks that the cache was made for such a model."""
+        num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
+        if len(self.layers) != num_layers:
+            raise ValueError(f"this cache has {len(self.layers)} layers, {type(model).__name__} has {num_layers}")
+
+    def reset(self) -> None:
+        """Forgets every token, keeps the memory."""
+        super().reset()
+        self.long_rope = False
+        for layer in self.layers:
+            if isinstance(layer, DynamicLayer):  # transformers zeroes these and leaves their length
+                layer.keys = layer.values = None
+                layer.is_initialized = False
+
+    @property
+    def slot_layers(self) -> list[BoundedLayer]:
+        return [layer for layer in self.layers if isinstance(layer, BoundedLayer)]
+
+    @property
+    def all_slots(self) -> bool:
+        """Whether no layer needs a mask from transformers."""
+        return len(self.slot_layers) == len(self.layers)
+
+    @property
+    def padded(self) -> bool:
+        """Whether padding was ever seen."""
+        return any(layer.padded for layer in self.slot_layers)
+
+    def stage_padding(self, real_BT: torch.Tensor | None) -> None:
+        """Takes which of the tokens of the coming forward are real."""
+        for layer in self.slot_layers:
+            layer.stage_padding(real_BT)
+
+    # Accounting: tokens per KV head and bytes over all layers.
+
+    @property
+    def held_tokens(self) -> int:
+        """Tokens that a KV head holds now (the largest over rows and heads). Waits for the device."""
+        stores = [layer.store for layer in self.slot_layers if layer.store is not None]
+        return max((int(store.valid.sum(-1).max()) for store in stores), default=0)
+
+    @property
+    def peak_prefill_tokens(self) -> int:
+        """The most tokens per head that a forward of several tokens has attended to: at most M (+ W) + chunk."""
+        return max((layer.peak_prefill_tokens for layer in self.slot_layers), default=0)
+
+    @property
+    def peak_decode_tokens(self) -> int:
+        """The most tokens per head that a single token has attended to: at most M (+ W)."""
+        return max((layer.peak_decode_tokens for layer in self.slot_layers), default=0)
+
+    @property
+    def peak_tokens(self) -> int:
+        return max(self.peak_prefill_tokens, self.peak_decode_tokens)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held between two forwards by all layers."""
+        return sum(layer.store.nbytes for layer in self.slot_layers if layer.store is not None) + self._other_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """``nbytes`` and the largest copy that a prefill chunk made (one layer at a time)."""
+        return self.nbytes + max((layer.transient_bytes for layer in self.slot_layers), default=0)
+
+    def full_cache_bytes(self, tokens: int) -> int:
+        """Bytes of keys and values that the stock cache would hold for this many tokens per row."""
+        total = self._other_bytes
+        for layer in self.slot_layers:
+            if layer.store is not None:
+                B, H = layer.store.k.shape[:2]
+                width = layer.store.k.shape[-1] + layer.store.v.shape[-1]
+                total += B * H * width * tokens * layer.store.k.element_size()
+        return total
+
+    @property
+    def _other_bytes(self) -> int:
+        others = (layer for layer in self.layers if not isinstance(layer, BoundedLayer))
+        return sum(t.nbytes for layer in others for t in _tensors(vars(layer)))
+
+    # One context, several questions.
+
+    def snapshot(self, row: int = 0) -> RowSnapshot:
+        """Copies one row out of the cache.
+
+        Raises:
+            IndexError: the cache has no such row.
+        """
+        rows = self._rows()
+        if not 0 <= row < rows:
+            raise IndexError(f"row {row} of a cache with {rows} rows")
+        return RowSnapshot(tuple(_snapshot_layer(layer, row) for layer in self.layers), self.long_rope)
+
+    def restore(self, snapshot: RowSnapshot, row: int = 0, rows: int | None = None) -> None:
+        """Puts a copied row into this cache or into a new one built with the same policy and budget.
+
+        Args:
+            row: where to put it.
+            rows: size of the batch, for a new cache; an existing one keeps its own.
+
+        Raises:
+            ValueError: the snapshot does not fit, or the cache holds layers (sliding windows) whose rows must have seen
+                equally many tokens.
+        """
+        if len(snapshot.layers) != len(self.layers):
+            raise ValueError(f"a snapshot of {len(snapshot.layers)} layers, a cache of {len(self.layers)}")
+        rows = rows or self._rows() or 1
+        if not 0 <= row < rows:
+            raise IndexError(f"row {row} of a cache with {rows} rows")
+        if rows > 1 and not self.all_slots:
+            raise ValueError("restore into a batch works for models whose layers all have full attention")
+        if rows > 1 and self.get_seq_length() not in (0, snapshot.tokens_seen):
+            raise ValueError(
+                f"rows of a batch share their sequence length: this cache has seen {self.get_seq_length()} tokens, "
+                f"the snapshot {snapshot.tokens_seen}"
+            )
+        self.long_rope = snapshot.long_rope
+        for i, (layer, entry) in enumerate(zip(self.layers, snapshot.layers, strict=True)):
+            if isinstance(layer, BoundedLayer):
+                layer.restore(row, entry, rows)
+            else:
+                self.layers[i] = _copy(entry["layer"])
+
+    def _rows(self) -> int:
+        stores = [layer.store for layer in self.slot_layers if layer.store is not None]
+        return stores[0].seen.shape[0] if stores else 0
+
+    # Refused.
+
+    def crop(self, *args, **kwargs) -> None:
+        raise ValueError("a bounded cache cannot be cropped: evicted tokens are gone; use snapshot() and restore()")
+
+    def activate_past_recording(self) -> None:
+        raise ValueError(
+            "assisted and prompt-lookup decoding need a cache that can take tokens back; a bounded cache cannot, "
+            "use plain decoding"
+        )
+
+
+def _tensors(value) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [t for item in value for t in _tensors(item)] if isinstance(value, (list, tuple)) else []
+
+
+def _copy(value):
+    """A copy of a cache layer that shares no tensor with it, nor a graph."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: _copy(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_copy(item) for item in value)
+    if isinstance(value, (CacheLayerMixin, LinearAttentionCacheLayerMixin)):
+        layer = copy.copy(value)
+        vars(layer).update({key: _copy(item) for key, item in vars(value).items()})
+        return layer
+    return value
+
+
+def _snapshot_layer(layer, row: int) -> dict:
+    if isinstance(layer, BoundedLayer):
+        return layer.snapshot(row)
+    layer = _copy(layer)
+    layer.reorder_cache(torch.tensor([row]))
+    return {"layer": layer}

@@ -1,0 +1,75 @@
+"""A bounded cache for a stock model."""
+
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
+
+from ..budget import Budget
+from .bounded import BoundedCache
+from .hooks import attention_modules, install
+from .layers import BoundedLayer
+from .policies import Policy, make
+
+DEFAULT_CHUNK = 512
+
+
+def bounded_cache(
+    model, policy: str | Policy = "trimkv", budget: int | Budget = 256, chunk: int | None = DEFAULT_CHUNK
+) -> BoundedCache:
+    """A cache that keeps at most ``budget`` tokens per KV head, for ever.
+
+    Puts two pre-hooks on the model (``detach`` takes them off) and selects the attention function that reads slots.
+    Layers with sliding windows or linear attention keep their own, already bounded, cache layers.
+
+    Args:
+        model: a transformers decoder model.
+        policy: a name from ``trimkv policies`` or a Policy.
+        budget: tokens per KV head, or a Budget.
+        chunk: tokens of a prompt that attend together before an eviction: a prompt never holds more than
+            budget + chunk tokens per head. None lets every forward attend in full and evicts after it.
+
+    Raises:
+        ValueError: unknown policy, impossible budget, missing gates, a model that cannot be served from slots.
+    """
+    policy, budget = make(policy), Budget.of(budget)
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk must be at least 1 token, got {chunk}")
+    if budget.tokens <= policy.sinks + budget.recent and policy.bounded:
+        raise ValueError(
+            f"budget: {budget.tokens} tokens leave no room beside the {policy.sinks} sinks of {policy.name} and "
+            f"{budget.recent} recent tokens"
+        )
+    layers = make_layers(model, policy, budget, chunk)
+    install(model)
+    return BoundedCache(layers)
+
+
+def make_layers(model, policy: Policy, budget: Budget, chunk: int | None) -> list:
+    """One cache layer per model layer: slots for full attention, transformers' own for the rest."""
+    config = model.config.get_text_config(decoder=True)
+    types, options = get_layer_types_and_kwargs(config)
+    modules = attention_modules(model)
+    name = type(model).__name__
+    if getattr(config, "num_kv_shared_layers", None):
+        raise ValueError(f"{name} shares keys and values between layers; slots cannot serve that yet")
+    if "full_attention" not in types:
+        raise ValueError(f"{name} has no full-attention layer ({', '.join(sorted(set(types)))}): nothing to bound")
+    slot_layers = [i for i, kind in enumerate(types) if kind == "full_attention"]
+    missing = [i for i in slot_layers if i not in modules]
+    if missing or getattr(config, "kv_lora_rank", None):
+        raise ValueError(f"{name} keeps its keys in another form than heads x head_dim; slots cannot serve that yet")
+    if "log_beta" in policy.needs:
+        bare = [i for i in slot_layers if getattr(modules[i], "retention_gate", None) is None]
+        if bare:
+            raise ValueError(
+                f"policy {policy.name} needs retention gates and {name} has none on layers {_ranges(bare)}; "
+                "call trimkv.attach(model, gates) first, or choose a policy without training such as streaming_llm"
+            )
+    return [
+        BoundedLayer(policy, budget, chunk, i)
+        if kind == "full_attention"
+        else DYNAMIC_LAYER_TYPE_MAPPING[kind](**options)
+        for i, kind in enumerate(types)
+    ]
+
+
+def _ranges(numbers: list[int]) -> str:
+    return f"{numbers[0]}..{numbers[-1]}" if len(numbers) > 2 else ", ".join(map(str, numbers))

@@ -1,0 +1,283 @@
+"""The transformers cache layer over a slot store."""
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from ..attention import slots as attention
+from ..attention.slots import NO_TOKEN
+from ..budget import Budget
+from .policies import Policy
+from .slots import Slots, SlotStore
+
+
+class BoundedLayer(CacheLayerMixin):
+    """One attention layer's tokens in a fixed number of slots.
+
+    ``update`` only receives the new keys and values; the work is done in ``attend``, which the registered attention
+    function calls with the queries: write, evict, attend. Whatever the length of a forward, it is worked off in chunks:
+    no query ever attends to more than M slots and its chunk, and a single token never to more than M (+ buffer).
+
+    Args:
+        policy: decides what is worth least.
+        budget: tokens per KV head.
+        chunk: new tokens that attend together before an eviction; None takes a whole forward as one chunk, which is
+            the published timing (a prompt attends in full).
+        layer_idx: the layer's number in the model.
+    """
+
+    is_compileable = False
+    is_croppable = False
+    is_sliding = False
+
+    def __init__(self, policy: Policy, budget: Budget, chunk: int | None, layer_idx: int):
+        super().__init__()
+        self.policy, self.budget, self.chunk, self.layer_idx = policy, budget, chunk, layer_idx
+        self.sinks = max(budget.sinks, policy.sinks)
+        self.store: SlotStore | None = None
+        self.peak_prefill_tokens = self.peak_decode_tokens = self.transient_bytes = 0
+        self._forget()
+
+    def _forget(self) -> None:
+        self.columns = 0  # tokens seen, padding included: what transformers calls the sequence length
+        self.padded = False  # rows may hold different numbers of tokens
+        self.count = 0  # tokens held per head, an upper bound where rows differ
+        self.log_beta: torch.Tensor | None = None  # of the tokens to come, left here by the gate's hook
+        self.real: torch.Tensor | None = None  # [B, T] False where a token to come is padding; None = no padding
+        self.waiting = 0  # tokens given to update() that no attention has seen yet
+
+    # What the hooks leave for the forward that is about to run.
+
+    def stage_log_beta(self, log_beta_BHT: torch.Tensor) -> None:
+        """Takes the retention of the tokens to come, [B, H, T], before their keys arrive."""
+        self.log_beta = log_beta_BHT
+
+    def stage_padding(self, real_BT: torch.Tensor | None) -> None:
+        """Takes which of the tokens to come are real (True) and which are padding; None if all are real."""
+        self.real = real_BT
+        self.padded |= real_BT is not None
+
+    # What transformers' attention modules and generate call.
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        capacity = self.budget.slots if self.policy.bounded else None
+        self.store = SlotStore(capacity, key_states, value_states, self.policy.state, self.layer_idx)
+        self.is_initialized = True
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Receives the new keys and values, [B, H, T, D], and hands them on to the attention function unchanged."""
+        if self.store is not None and self.store.seen.shape[0] != key_states.shape[0]:
+            if self.columns:
+                raise ValueError(
+                    f"the cache holds {self.store.seen.shape[0]} rows and got {key_states.shape[0]}; "
+                    "use a new cache, or batch_select_indices / batch_repeat_interleave on this one"
+                )
+            self.store = None
+        if self.store is None:
+            self.lazy_initialization(key_states, value_states)
+        if self.waiting:
+            raise RuntimeError(
+                "keys reached the bounded cache but no attention used them; this model does not call attention "
+                "through transformers' AttentionInterface, or shares keys between layers"
+            )
+        self.waiting = key_states.shape[2]
+        self.columns += self.waiting
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        """Tokens seen. Positions and rotations are counted from it, so it is never the number stored."""
+        return self.columns
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Sizes of the mask that transformers makes for these layers; slot attention makes its own."""
+        stored = self.store.used if self.store is not None else 0
+        return stored + query_length, max(self.columns - stored, 0)
+
+    def reset(self) -> None:
+        if self.store is not None:
+            self.store.clear()
+        self._forget()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.store is not None:
+            rows = torch.arange(self.store.seen.shape[0], device=self.store.seen.device)
+            self.store.select_rows(rows.repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        if self.store is not None:
+            if indices.dtype == torch.bool:
+                indices = indices.nonzero().flatten()
+            self.store.select_rows(indices)
+
+    def offload(self) -> None:
+        if self.store is not None:
+            self.store.move("cpu")
+
+    def prefetch(self) -> None:
+        if self.store is not None:
+            self.store.move(self.device)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise ValueError("a bounded cache cannot be cropped: evicted tokens are gone; use snapshot() and restore()")
+
+    # The work.
+
+    @torch.no_grad()
+    def attend(self, module, q, k, v, scaling, softcap=None, s_aux=None) -> torch.Tensor:
+        """Writes T new tokens, evicts down to the budget and attends. Returns [B, Q, T, D].
+
+        Args:
+            module: the attention module; a gate that reads keys and values is found there.
+            q: [B, Q, T, D]; k, v: [B, H, T, D]; both rotated.
+        """
+        if "log_beta" in self.policy.needs:
+            log_beta = self._take_log_beta(module, k, v)
+        else:
+            log_beta = None
+        real, self.real, self.waiting = self.real, None, 0
+        if real is not None:
+            real = real.to(k.device)
+        T, step = k.shape[2], self.chunk or k.shape[2]
+        out = []
+        for start in range(0, T, step):
+            part = slice(start, min(start + step, T))
+            part_real = None if real is None else real[:, part]
+            new = self._new_tokens(k[:, :, part], v[:, :, part], part_real, log_beta, part)
+            run = self._decode if new.k.shape[2] == 1 else self._prefill
+            out.append(run(q[:, :, part], new, part_real, scaling, softcap, s_aux))
+        return out[0] if len(out) == 1 else torch.cat(out, 2)
+
+    def _take_log_beta(self, module, k, v) -> torch.Tensor:
+        gate = getattr(module, "retention_gate", None)
+        if gate is not None and gate.reads_keys:
+            self.log_beta = gate(k, v)
+        log_beta, self.log_beta = self.log_beta, None
+        if log_beta is None:
+            raise ValueError(f"policy {self.policy.name} needs retention gates: call trimkv.attach(model, gates) first")
+        return log_beta.to(k.device)
+
+    def _new_tokens(self, k, v, real, log_beta, part: slice) -> Slots:
+        """The tokens of a chunk with their positions, and what the policy remembers of them."""
+        B, H, T, _ = k.shape
+        seen = self.store.seen[:, None]
+        if real is None:
+            position = seen.clone() if T == 1 else seen + torch.arange(T, dtype=torch.int32, device=k.device)
+        else:
+            position = torch.where(real, seen + real.cumsum(-1, dtype=torch.int32) - 1, NO_TOKEN)
+        new = Slots(k, v, position[:, None].expand(B, H, T), {}, self.layer_idx)
+        new.state = self.policy.new_state(new, None if log_beta is None else log_beta[:, :, part])
+        return new
+
+    def _decode(self, q, new: Slots, real, scaling, softcap, s_aux) -> torch.Tensor:
+        """One token: it takes a free slot or the victim's, then attends to all slots of its head."""
+        store, buffer = self.store, self.budget.buffer
+        if store.growing or store.used < store.capacity:
+            store.append(new)
+        else:
+            held = store.view()
+            if buffer:  # the last trim left free slots
+                slot = held.position.argmin(-1, keepdim=True)
+            else:
+                slot = attention.victim(self._score(held, arriving=1), held.position)
+            store.overwrite(slot, new, None if real is None else real[:, 0])
+        store.advance(1, real)
+        held = store.view()
+        self.count = min(self.count + 1, store.used)
+        self.peak_decode_tokens = max(self.peak_decode_tokens, self.count)
+        mask = None
+        if self.padded or self.count < store.used:  # some slots are empty
+            mask = (held.position >= 0)[:, :, None, :]
+            if real is not None:
+                mask = mask | ~real[:, None, None, :]
+        out = attention.attend(q, held.k, held.v, mask, scaling, softcap, s_aux)
+        if buffer and store.used == store.capacity and (self.padded or self.count == store.capacity):
+            self._trim(held)
+        return out
+
+    def _trim(self, held: Slots) -> None:
+        """Heads that hold M + W tokens go back to M by emptying W slots. Rows may differ; the host reads nothing."""
+        full = (held.position >= 0).all(-1, keepdim=True)
+        order = attention.rank_key(self._score(held), held.position)
+        worst = order.topk(self.budget.buffer, dim=-1, largest=False).indices
+        self.store.empty(torch.zeros_like(full).expand_as(held.position).scatter(2, worst, True) & full)
+        if not self.padded:
+            self.count = self.budget.tokens
+
+    def _prefill(self, q, new: Slots, real, scaling, softcap, s_aux) -> torch.Tensor:
+        """A chunk: its tokens attend to the kept slots and to each other, then the best M of all are kept."""
+        store, n, T = self.store, self.store.used, new.k.shape[2]
+        together = store.view().with_new(new) if n else new
+        self.peak_prefill_tokens = max(self.peak_prefill_tokens, self.count + T)
+        if n:
+            self.transient_bytes = max(self.transient_bytes, together.nbytes)
+        store.advance(T, real)
+        if self.padded or self.count < n:
+            mask = attention.position_rule(new.position[:, 0], together.position)
+            out = attention.attend(q, together.k, together.v, mask, scaling, softcap, s_aux)
+        elif n:
+            mask = attention.causal_mask(T, n + T, q.device)
+            out = attention.attend(q, together.k, together.v, mask, scaling, softcap, s_aux)
+        else:
+            out = attention.attend_causal(q, new.k, new.v, scaling, softcap, s_aux)
+        self._keep(together, new)
+        return out
+
+    def _keep(self, together: Slots, new: Slots) -> None:
+        """Brings what a chunk attended to back into the slots."""
+        store, M, T = self.store, self.budget.tokens, new.k.shape[2]
+        limit = max(self.budget.slots - 1, M)  # the most that may stay until the next forward
+        total = together.k.shape[2]
+        if store.growing or total <= limit:
+            store.append(new)
+            self.count += T
+            return
+        if self.padded:
+            num = min(limit, total)
+        else:
+            num = M if self.count + T > limit else self.count + T
+        index = attention.best(self._score(together), together.position, num)
+        position = together.position.gather(2, index)
+        if self.padded and num > M:  # rows over the limit are cut to M, the others keep all they have
+            over = (together.position >= 0).sum(-1, keepdim=True) > limit
+            beyond_M = torch.arange(num, device=index.device) >= M
+            position = position.masked_fill(over & beyond_M, NO_TOKEN)
+        store.replace(together, index, position)
+        self.count = min(self.count + T, num)
+
+    def _score(self, slots: Slots, arriving: int = 0) -> torch.Tensor:
+        """The policy's score with sinks and recent tokens protected; an arriving token counts as one of the recent."""
+        now = self.store.seen[:, None, None]
+        recent = self.budget.recent - arriving
+        recent_from = now - recent if recent > 0 else None
+        any_empty = self.padded or self.count < self.store.used
+        return attention.protect(self.policy.score(slots, now), slots.position, self.sinks, recent_from, any_empty)
+
+    # A row, copied out and put back.
+
+    def snapshot(self, row: int) -> dict:
+        """A copy of what one row holds, independent of this layer."""
+        held = None if self.store is None else self.store.snapshot(row)
+        return {"store": held, "columns": self.columns, "padded": self.padded, "count": self.count}
+
+    def restore(self, row: int, snapshot: dict, rows: int) -> None:
+        """Puts a row back; an unused layer first makes room for ``rows`` rows."""
+        held = snapshot["store"]
+        if held is None:
+            self.reset()
+            return
+        if self.store is None or self.store.seen.shape[0] != rows:
+            like = held["k"][None, :, :0].expand(rows, -1, -1, -1), held["v"][None, :, :0].expand(rows, -1, -1, -1)
+            self.lazy_initialization(*like)
+        alone = rows == 1
+        self.store.restore(row, held)
+        if alone:
+            self.store.used = held["position"].shape[1]
+        self.padded = snapshot["padded"] if alone else True
+        self.columns = snapshot["columns"]
+        self.count = snapshot["count"] if alone else max(self.count, snapshot["count"])

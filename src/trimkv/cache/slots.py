@@ -1,0 +1,187 @@
+"""The slot store: where the keys and values of one layer live, for ever, in a fixed number of places."""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..attention.slots import NO_TOKEN
+
+
+@dataclass
+class Slots:
+    """A view of tokens that a policy scores: kept slots, or kept slots followed by a chunk's new tokens.
+
+    Shapes: ``k``, ``v`` [B, H, S, D]; ``position`` int32 [B, H, S], -1 where empty; ``state`` name -> [B, H, S].
+    ``layer_idx`` is the layer's number in the model.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    position: torch.Tensor
+    state: dict[str, torch.Tensor]
+    layer_idx: int = 0
+
+    def with_new(self, new: "Slots") -> "Slots":
+        """These slots followed by new tokens (a copy, for the time of one chunk)."""
+        state = {name: torch.cat([old, new.state[name]], 2) for name, old in self.state.items()}
+        k, v = torch.cat([self.k, new.k], 2), torch.cat([self.v, new.v], 2)
+        return Slots(k, v, torch.cat([self.position, new.position], 2), state, self.layer_idx)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.k, self.v, self.position, *self.state.values()))
+
+
+class SlotStore:
+    """The slots of one layer.
+
+    Everything a token owns (key, value, position, whatever its policy keeps per token) sits at one index of the slot
+    axis and is overwritten in place. Tensors are allocated once; nothing grows per token, and nothing is moved, sorted
+    or re-rotated. Only ``capacity=None`` (policy ``full``) grows, by doubling.
+
+    Attributes:
+        k, v: [B, H, C, D].
+        position: int32 [B, H, C], index of the token among its row's real tokens; -1 = empty.
+        state: name -> [B, H, C], e.g. log_beta.
+        seen: int32 [B], real tokens that each row has seen: the position of its next token.
+        used: slots from this index on were never written. A host number, so that a short sequence in a large store
+            costs what it needs.
+    """
+
+    def __init__(
+        self,
+        capacity: int | None,
+        k_BHTD: torch.Tensor,
+        v_BHTD: torch.Tensor,
+        state: dict[str, torch.dtype],
+        layer_idx: int = 0,
+    ):
+        B, H, T, _ = k_BHTD.shape
+        self.growing, self.layer_idx, self.used = capacity is None, layer_idx, 0
+        self.capacity = max(T, 64) if capacity is None else capacity
+        shape, device = (B, H, self.capacity), k_BHTD.device
+        self.k = torch.zeros(*shape, k_BHTD.shape[-1], dtype=k_BHTD.dtype, device=device)
+        self.v = torch.zeros(*shape, v_BHTD.shape[-1], dtype=v_BHTD.dtype, device=device)
+        self.position = torch.full(shape, NO_TOKEN, dtype=torch.int32, device=device)
+        self.state = {name: torch.zeros(shape, dtype=dtype, device=device) for name, dtype in state.items()}
+        self.seen = torch.zeros(B, dtype=torch.int32, device=device)
+
+    @property
+    def valid(self) -> torch.Tensor:
+        """bool [B, H, C]: the slots that hold a token."""
+        return self.position >= 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything that is stored."""
+        return sum(t.nbytes for t in (*self._per_slot().values(), self.seen))
+
+    def view(self) -> Slots:
+        """The slots written so far, without a copy."""
+        n = self.used
+        state = {name: t[:, :, :n] for name, t in self.state.items()}
+        return Slots(self.k[:, :, :n], self.v[:, :, :n], self.position[:, :, :n], state, self.layer_idx)
+
+    def append(self, new: Slots) -> None:
+        """Writes T tokens into the next free slots of every row and head."""
+        end = self.used + new.k.shape[2]
+        if self.growing and end > self.capacity:
+            self._grow(max(end, 2 * self.capacity))
+        self._fill(slice(self.used, end), new)
+        self.used = end
+
+    def overwrite(self, slot_BH1: torch.Tensor, new: Slots, real_B: torch.Tensor | None = None) -> None:
+        """Writes one token per head over slot ``slot_BH1``; rows with ``real_B`` False stay as they are."""
+        index = slot_BH1[..., None].expand(-1, -1, 1, self.k.shape[-1])
+        index_v = slot_BH1[..., None].expand(-1, -1, 1, self.v.shape[-1])
+        k, v, position, state = new.k, new.v, new.position, new.state
+        if real_B is not None:
+            row = real_B[:, None, None]
+            k = torch.where(row[..., None], k, self.k.gather(2, index))
+            v = torch.where(row[..., None], v, self.v.gather(2, index_v))
+            position = torch.where(row, position, self.position.gather(2, slot_BH1))
+            state = {name: torch.where(row, t, self.state[name].gather(2, slot_BH1)) for name, t in state.items()}
+        self.k.scatter_(2, index, k)
+        self.v.scatter_(2, index_v, v)
+        self.position.scatter_(2, slot_BH1, position)
+        for name, t in state.items():
+            self.state[name].scatter_(2, slot_BH1, t)
+
+    def replace(self, source: Slots, index_BHN: torch.Tensor, position_BHN: torch.Tensor) -> None:
+        """Fills the first N slots with the tokens of ``source`` at ``index_BHN``; the rest become empty."""
+
+        def pick(t: torch.Tensor) -> torch.Tensor:
+            return t.gather(2, index_BHN[..., None].expand(*index_BHN.shape, t.shape[-1]))
+
+        state = {name: t.gather(2, index_BHN) for name, t in source.state.items()}
+        self.position.fill_(NO_TOKEN)
+        self._fill(slice(0, index_BHN.shape[2]), Slots(pick(source.k), pick(source.v), position_BHN, state))
+        self.used = index_BHN.shape[2]
+
+    def advance(self, tokens: int, real_BT: torch.Tensor | None = None) -> None:
+        """Counts new tokens as seen; where ``real_BT`` is given, padding does not count."""
+        self.seen += tokens if real_BT is None else real_BT.sum(-1, dtype=torch.int32)
+
+    def empty(self, evicted_BHS: torch.Tensor) -> None:
+        """Empties slots in place: keys and values stay where they are, nobody attends to them any more."""
+        self.position[:, :, : evicted_BHS.shape[2]].masked_fill_(evicted_BHS, NO_TOKEN)
+
+    def clear(self) -> None:
+        """Forgets every token, keeps the memory."""
+        self.position.fill_(NO_TOKEN)
+        self.seen.zero_()
+        self.used = 0
+
+    def select_rows(self, index: torch.Tensor) -> None:
+        """Rows become ``rows[index]``, in all tensors: beam reorder, batch selection and repetition."""
+        index = index.to(self.seen.device)
+        for name, t in self._per_slot().items():
+            self._set(name, t.index_select(0, index))
+        self.seen = self.seen.index_select(0, index)
+
+    def snapshot(self, row: int) -> dict[str, torch.Tensor]:
+        """A copy of one row: name -> [H, used, ...], and its ``seen``."""
+        copy = {name: t[row, :, : self.used].clone() for name, t in self._per_slot().items()}
+        return {**copy, "seen": self.seen[row].clone()}
+
+    def restore(self, row: int, snapshot: dict[str, torch.Tensor]) -> None:
+        """Puts a copied row back, into this store or into another of the same capacity."""
+        n = snapshot["position"].shape[1]
+        if n > self.capacity:
+            if not self.growing:
+                raise ValueError(f"a snapshot of {n} slots does not fit a store of {self.capacity}")
+            self._grow(n)
+        self.position[row].fill_(NO_TOKEN)
+        for name, t in self._per_slot().items():
+            t[row, :, :n] = snapshot[name]
+        self.seen[row] = snapshot["seen"]
+        self.used = max(self.used, n)
+
+    def move(self, device: torch.device | str) -> None:
+        """Moves every tensor to a device."""
+        for name, t in self._per_slot().items():
+            self._set(name, t.to(device, non_blocking=True))
+        self.seen = self.seen.to(device, non_blocking=True)
+
+    def _per_slot(self) -> dict[str, torch.Tensor]:
+        return {"k": self.k, "v": self.v, "position": self.position, **self.state}
+
+    def _set(self, name: str, t: torch.Tensor) -> None:
+        if name in self.state:
+            self.state[name] = t
+        else:
+            setattr(self, name, t)
+
+    def _fill(self, where: slice, new: Slots) -> None:
+        self.k[:, :, where] = new.k
+        self.v[:, :, where] = new.v
+        self.position[:, :, where] = new.position
+        for name, t in new.state.items():
+            self.state[name][:, :, where] = t
+
+    def _grow(self, capacity: int) -> None:
+        for name, t in self._per_slot().items():
+            larger = t.new_full((*t.shape[:2], capacity, *t.shape[3:]), NO_TOKEN if name == "position" else 0)
+            larger[:, :, : t.shape[2]] = t
+            self._set(name, larger)
+        self.capacity = capacity

@@ -1,0 +1,54 @@
+"""``trimkv info``: what runs here. Meant to be pasted into a bug report."""
+
+import platform
+from importlib.metadata import version
+
+import click
+
+from .. import __version__
+from . import show
+from .options import output_options
+
+
+@click.command(short_help="Show versions, devices, cache folder, gate sets.")
+@output_options
+def info(as_json: bool):
+    """Show versions, devices, the cache folder and the bundled gate sets."""
+    found = _look()
+    if as_json:
+        show.emit(found)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False)
+    for name, value in found["versions"].items():
+        table.add_row(name, value)
+    gpus = ", ".join(found["device"]["cuda"]) or "none"
+    table.add_row("device", f"CPU with {found['device']['cpu_threads']} threads; CUDA GPUs: {gpus}")
+    here = "in it" if found["smollm2_cached"] else "not fetched yet"
+    table.add_row("cache folder", f"{found['cache_folder']} (smollm2: {here})")
+    table.add_row("bundled gate sets", ", ".join(found["gate_sets"]) or "none yet")
+    Console().print(table)
+
+
+def _look() -> dict:
+    import torch
+
+    from .. import embedded
+    from ..gates import bundled
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "versions": {
+            "trimkv": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": version("transformers"),
+            "platform": platform.platform(),
+        },
+        "device": {"default": "cuda" if gpus else "cpu", "cpu_threads": torch.get_num_threads(), "cuda": gpus},
+        "cache_folder": str(embedded.cache_home()),
+        "smollm2_cached": embedded.is_cached(),
+        "gate_sets": sorted(bundled()),
+    }

@@ -1,0 +1,116 @@
+"""Options that several commands share, each declared once."""
+
+import math
+from collections.abc import Callable
+
+import click
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def _finite(context, parameter, value):
+    """``nan`` passes every range check of click."""
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter(f"{value} is not a number to work with")
+    return value
+
+
+def _remember_debug(context: click.Context, parameter, value: bool) -> None:
+    if value:
+        context.obj.debug = True
+
+
+def _all_of(*options: Callable) -> Callable:
+    def decorate(function):
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+debug_option = click.option(
+    "--debug",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_remember_debug,
+    help="Show the traceback of an error.",
+)
+
+output_options = _all_of(
+    click.option("--json", "as_json", is_flag=True, help="End with one JSON object on stdout; notes go to stderr."),
+    debug_option,
+)
+
+model_options = _all_of(
+    click.option(
+        "--model", default="smollm2", show_default=True, help="Alias (smollm2), folder or Hugging Face id of a model."
+    ),
+    click.option(
+        "--gates",
+        default="bundled",
+        show_default=True,
+        help="Trained gates: bundled (what ships for the model), none, a folder or a Hugging Face id.",
+    ),
+    click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
+    click.option(
+        "--dtype",
+        type=click.Choice(DTYPES),
+        default="auto",
+        show_default=True,
+        help="auto is float32 on a CPU and bfloat16 on a GPU.",
+    ),
+    click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True),
+)
+
+budget_options = _all_of(
+    click.option(
+        "--policy",
+        help="Who decides what is kept: see `trimkv policies`.  [default: trimkv where trained "
+        "gates for the model are at hand, else streaming_llm]",
+    ),
+    click.option("--budget", type=int, default=256, show_default=True, help="Slots per layer and KV head."),
+    click.option("--sinks", type=int, default=0, show_default=True, help="First tokens that are never evicted."),
+    click.option("--recent", type=int, default=0, show_default=True, help="Newest tokens that are never evicted."),
+    click.option(
+        "--buffer",
+        type=int,
+        default=0,
+        show_default=True,
+        help="Tokens allowed above the budget between evictions. They are attended, and counted.",
+    ),
+    click.option(
+        "--prefill-chunk",
+        type=click.IntRange(min=1),
+        default=512,
+        show_default=True,
+        help="Tokens of the prompt per forward pass.",
+    ),
+)
+
+
+def sampling_options(max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0) -> Callable:
+    """How tokens are drawn; the defaults differ between commands."""
+    return _all_of(
+        click.option("--max-new-tokens", type=click.IntRange(min=1), default=max_new_tokens, show_default=True),
+        click.option(
+            "--temperature",
+            type=click.FloatRange(0, 100),
+            callback=_finite,
+            default=temperature,
+            show_default=True,
+            help="0 takes the most probable token.",
+        ),
+        click.option(
+            "--top-p", type=click.FloatRange(0, 1, min_open=True), callback=_finite, default=top_p, show_default=True
+        ),
+        click.option(
+            "--repetition-penalty",
+            type=click.FloatRange(0, 100, min_open=True),
+            callback=_finite,
+            default=1.0,
+            show_default=True,
+            help="Above 1 makes tokens that were already seen less likely.",
+        ),
+    )

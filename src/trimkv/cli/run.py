@@ -1,0 +1,93 @@
+"""What generate and chat have in common: a request that was checked, then a model and a cache that are ready."""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+from . import loading
+from .errors import mendable
+
+
+@dataclass
+class Run:
+    """A checked request. Nothing slow has happened yet, except for the tokenizer."""
+
+    options: SimpleNamespace
+    budget: Any
+    choice: loading.Choice
+    device: str
+    dtype: str
+    tokenizer: Any
+
+    @classmethod
+    def check(cls, options: SimpleNamespace) -> "Run":
+        """Everything that can be refused before the weights are read."""
+        from ..budget import Budget
+
+        with mendable():
+            budget = Budget(options.budget, buffer=options.buffer, sinks=options.sinks, recent=options.recent)
+        loading.check_model_name(options.model)
+        loading.import_torch()
+        choice = loading.choose((options.policy,) if options.policy else (), options.model, options.gates)
+        loading.check_budget(budget, choice.policies)
+        device = loading.pick_device(options.device)
+        dtype = loading.pick_dtype(options.dtype, device)
+        return cls(options, budget, choice, device, dtype, loading.load_tokenizer(options.model))
+
+    def start(self):
+        """The model with its gates, and its empty cache."""
+        import torch
+
+        from .. import bounded_cache
+
+        o = self.options
+        model = loading.load_model(o.model, self.device, self.dtype, self.choice.gates)
+        with mendable():
+            cache = bounded_cache(model, policy=self.policy, budget=self.budget, chunk=o.prefill_chunk)
+        if self.choice.remark:
+            loading.note(self.choice.remark)
+        torch.manual_seed(o.seed)
+        return model, cache
+
+    @property
+    def policy(self) -> str:
+        return self.choice.policies[0]
+
+    @property
+    def bounded(self) -> bool:
+        from ..cache.policies import POLICIES
+
+        return POLICIES[self.policy].bounded
+
+    @property
+    def sampling(self):
+        from .answer import Sampling
+
+        o = self.options
+        return Sampling(o.max_new_tokens, o.temperature, o.top_p, o.repetition_penalty)
+
+    def report(self, cache) -> dict:
+        """What the cache took at its worst, and what a full one would take for the same tokens."""
+        return {
+            "peak_tokens_per_head": cache.peak_tokens,
+            "peak_tokens_per_head_prefill": cache.peak_prefill_tokens,
+            "peak_tokens_per_head_decode": cache.peak_decode_tokens,
+            "peak_cache_bytes": cache.peak_bytes,
+            "full_cache_bytes": cache.full_cache_bytes(cache.get_seq_length()),
+            "device": self.device,
+            "dtype": self.dtype,
+        }
+
+
+class LengthWarning:
+    """Says once that a text grew past the positions that the model was trained on. A bounded cache takes any length;
+    the model's answers may suffer all the same, and nobody should have to guess why."""
+
+    def __init__(self, model, name: str):
+        self.trained = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        self.name, self.said = name, False
+
+    def check(self, tokens: int) -> None:
+        if self.trained and tokens > self.trained and not self.said:
+            self.said = True
+            loading.note(f"{self.name} was trained on {self.trained:,} positions; past them its answers may get worse")

@@ -1,0 +1,169 @@
+"""Teacher-forced comparison of bounded caches with the full one: the truth, token by token."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from transformers.cache_utils import DynamicCache
+
+from ..budget import Budget
+from ..cache.build import bounded_cache
+from ..cache.policies import Policy, make
+
+
+@dataclass(frozen=True)
+class Row:
+    """One policy at one budget.
+
+    Attributes:
+        kl: KL(full || policy) in nats, averaged over predicted tokens.
+        perplexity: of the true next tokens.
+        top1_agreement: share of positions where the most probable token is the full model's.
+        tokens: predicted tokens.
+        peak_tokens_per_head: the most tokens that any query attended to, itself included.
+    """
+
+    policy: str
+    budget: int
+    kl: float
+    perplexity: float
+    top1_agreement: float
+    tokens: int
+    peak_tokens_per_head: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All rows, and the full model on the same text."""
+
+    rows: list[Row]
+    full_perplexity: float
+    context: int
+    sequences: int
+    model: str
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+@torch.inference_mode()
+def compare_stepwise(
+    model,
+    ids_NT: torch.Tensor,
+    policies: Sequence[str | Policy],
+    budgets: Sequence[int | Budget],
+    batch_size: int = 8,
+    block: int = 128,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    name: str | None = None,
+) -> Comparison:
+    """Every policy at every budget, one token a forward pass: position t attends to itself and to what the policy kept
+    of the tokens before it, never to more than the budget, and eviction happens at every token.
+
+    The full model reads ``block`` positions at a time, and every bounded cache then takes the same positions one by
+    one: the logits of one block are all that is ever held of the teacher.
+
+    Args:
+        ids_NT: int64 [N, T], sequences of equal length without padding. Position t predicts token t + 1.
+        policies: names or Policy objects. "full" ignores the budget: a check of the measurement itself (kl ~ 0).
+        budgets: tokens per head, or Budgets.
+        batch_size: sequences that advance together.
+        progress: called as ``progress(done, total)``, in forward passes of bounded caches.
+        name: what the result calls the model.
+
+    Returns:
+        A Comparison with one row per policy and budget, policies outermost.
+
+    Raises:
+        ValueError: as ``bounded_cache``; or nothing to predict.
+    """
+    N, T = ids_NT.shape
+    if N < 1 or T < 2:
+        raise ValueError(f"nothing to predict in {N} sequences of {T} tokens")
+    grid = _grid(policies, budgets, model.device)
+    cells = list(dict.fromkeys(cell for cell, _ in grid))
+    full = _Sums(model.device)
+    done, total = 0, math.ceil(N / batch_size) * len(cells) * (T - 1)
+    for ids_BT in ids_NT.to(model.device).split(batch_size):
+        for cell in cells:
+            cell.cache = bounded_cache(model, cell.policy, cell.budget)
+        teacher = DynamicCache(config=model.config.get_text_config(decoder=True))
+        for start in range(0, T - 1, block):
+            end = min(start + block, T - 1)
+            logits_BSV = model(input_ids=ids_BT[:, start:end], past_key_values=teacher, use_cache=True).logits
+            for s in range(end - start):
+                full.add(logits_BSV[:, s], ids_BT[:, start + s + 1])
+            for cell in cells:
+                for s in range(end - start):
+                    cell.step(model, ids_BT[:, start + s], ids_BT[:, start + s + 1], logits_BSV[:, s])
+                    done += 1
+                    progress(done, total)
+            del logits_BSV  # before the next block's are made
+        for cell in cells:
+            cell.finish()
+    rows = [cell.row(budget) for cell, budget in grid]
+    name = name or model.config._name_or_path or type(model).__name__
+    return Comparison(rows, full.perplexity, context=T, sequences=N, model=name)
+
+
+class _Sums:
+    """Sums over predicted tokens, in float64 on the device: nothing waits for the device inside the loop."""
+
+    def __init__(self, device):
+        self.nll, self.kl, self.agreed = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(3))
+        self.tokens = 0
+
+    def add(self, logits_BV: torch.Tensor, next_B: torch.Tensor) -> torch.Tensor:
+        """Adds how surprising the true next tokens are. Returns the log-probabilities, fp32 [B, V]."""
+        logp_BV = logits_BV.float().log_softmax(-1)
+        self.nll -= logp_BV.gather(1, next_B[:, None]).sum(dtype=torch.float64)
+        self.tokens += next_B.shape[0]
+        return logp_BV
+
+    @property
+    def perplexity(self) -> float:
+        nll = float(self.nll) / self.tokens
+        return math.exp(nll) if nll < 700 else math.inf
+
+
+class _Cell(_Sums):
+    """One policy at one budget: its cache now, and its sums so far."""
+
+    def __init__(self, policy: Policy, budget: Budget, device):
+        super().__init__(device)
+        self.policy, self.budget, self.cache, self.peak = policy, budget, None, 0
+
+    def step(self, model, token_B: torch.Tensor, next_B: torch.Tensor, teacher_BV: torch.Tensor) -> None:
+        """Feeds one token to each sequence and measures what it predicts."""
+        logits_BV = model(input_ids=token_B[:, None], past_key_values=self.cache, use_cache=True).logits[:, -1]
+        logq_BV = self.add(logits_BV, next_B)
+        logp_BV = teacher_BV.float().log_softmax(-1)
+        # Where a model masks part of its vocabulary, both are -inf and their difference is no number.
+        kl_BV = torch.where(logp_BV > -math.inf, logp_BV.exp() * (logp_BV - logq_BV), 0.0)
+        self.kl += kl_BV.sum(dtype=torch.float64)
+        self.agreed += (logits_BV.argmax(-1) == teacher_BV.argmax(-1)).sum()
+
+    def finish(self) -> None:
+        """The batch is through: remember its peak, free its slots."""
+        self.peak, self.cache = max(self.peak, self.cache.peak_tokens), None
+
+    def row(self, budget: Budget) -> Row:
+        return Row(
+            policy=self.policy.name,
+            budget=budget.tokens,
+            kl=float(self.kl) / self.tokens,
+            perplexity=self.perplexity,
+            top1_agreement=float(self.agreed) / self.tokens,
+            tokens=self.tokens,
+            peak_tokens_per_head=self.peak,
+        )
+
+
+def _grid(policies, budgets, device) -> list[tuple[_Cell, Budget]]:
+    """Policies x budgets. An unbounded policy is one cell whatever the budget, and not measured twice."""
+    grid = []
+    for policy in map(make, policies):
+        cells = [_Cell(policy, Budget.of(budget), device) for budget in budgets]
+        grid += [(cell if policy.bounded else cells[0], cell.budget) for cell in cells]
+    return grid

@@ -1,0 +1,5 @@
+"""Retention gates: hidden states in, log_beta out."""
+
+from .files import bundled
+
+__all__ = ["bundled"]

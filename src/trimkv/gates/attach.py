@@ -1,0 +1,172 @@
+"""Puts gates on a stock transformers model and takes them off again."""
+
+import logging
+from pathlib import Path
+
+import torch
+
+from .files import GateSet, bundled, load_gates
+from .gate import RetentionGate, output_bias
+
+__all__ = ["attach", "detach", "new_gates", "output_bias"]
+
+logger = logging.getLogger(__name__)
+
+
+def attach(model, gates: str | Path | GateSet = "bundled"):
+    """Adds a ``retention_gate`` to each full-attention module, named as in the published checkpoints.
+
+    A pre-hook computes log_beta from the hidden states and leaves it on the cache layer before the keys arrive; without
+    a bounded cache it does nothing. Attaching again replaces the gates. If anything does not fit, the model stays as it
+    was.
+
+    Args:
+        model: a transformers decoder model.
+        gates: "bundled", a folder, a repository on the hub, or a GateSet.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: gates that cannot be read or do not fit the model; the message names both.
+    """
+    gates = _resolve(model, gates)
+    modules = _attention_modules(model)
+    built = _build(model, modules, gates)
+    detach_gates(model)
+    handles = []
+    for i, gate in built.items():
+        modules[i].retention_gate = gate
+        handles.append(modules[i].register_forward_pre_hook(_stage_log_beta, with_kwargs=True))
+    model._trimkv_gate_handles = handles
+    return model
+
+
+def detach(model):
+    """Takes off gates and hooks, those of bounded caches too: the model is stock again. Returns the model."""
+    detach_gates(model)
+    hooks = getattr(model, "_trimkv_hooks", None)  # put there by the cache room, which this room does not know
+    if hooks is not None:
+        hooks.remove(model)
+    return model
+
+
+def detach_gates(model) -> None:
+    for handle in getattr(model, "_trimkv_gate_handles", None) or ():
+        handle.remove()
+    model._trimkv_gate_handles = None
+    for module in _attention_modules(model).values():
+        if getattr(module, "retention_gate", None) is not None:
+            del module.retention_gate
+
+
+def new_gates(
+    model, kind: str = "rg", intermediate_size: int = 512, training_length: int = 2048, seed: int = 0
+) -> GateSet:
+    """Untrained gates for a model, initialised for training on sequences of ``training_length`` tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = {}
+    for i, module in _attention_modules(model).items():
+        gate = RetentionGate(kind, **_shape(model, module), intermediate_size=intermediate_size)
+        gate.initialise(training_length, generator=generator)
+        layers[i] = dict(gate.state_dict())
+    return GateSet(layers, {"gate": kind, "base_model": model.config._name_or_path}, "new gates")
+
+
+def _stage_log_beta(module, args, kwargs):
+    gate = module.retention_gate
+    cache = kwargs.get("past_key_values")
+    layers = getattr(cache, "layers", ())
+    layer = layers[module.layer_idx] if module.layer_idx < len(layers) else None
+    # A gate that reads keys and values is called by the cache layer, which sees them.
+    if gate.reads_keys or "log_beta" not in getattr(getattr(layer, "policy", None), "needs", ()):
+        return
+    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    with torch.no_grad():
+        layer.stage_log_beta(gate(hidden.to(gate.bias.device)))
+
+
+def _attention_modules(model) -> dict[int, torch.nn.Module]:
+    config = model.config.get_text_config(decoder=True)
+    types = getattr(config, "layer_types", None)
+    return {
+        module.layer_idx: module
+        for name, module in model.get_decoder().named_modules()
+        if name.rsplit(".", 1)[-1] == "self_attn"
+        and hasattr(module, "layer_idx")
+        and (types is None or types[module.layer_idx] == "full_attention")
+    }
+
+
+def _shape(model, module) -> dict:
+    config = model.config.get_text_config(decoder=True)
+    head_dim = getattr(module, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    if hasattr(module, "k_proj"):  # Gemma 4 has another number of heads on some layers
+        heads = module.k_proj.out_features // head_dim
+    activation = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None) or "silu"
+    return {"hidden_size": config.hidden_size, "num_heads": heads, "head_dim": head_dim, "activation": activation}
+
+
+def _resolve(model, gates) -> GateSet:
+    if isinstance(gates, GateSet):
+        return gates
+    if gates != "bundled":
+        return load_gates(gates)
+    known = bundled()
+    name = _name(model)
+    for base_model, folder in known.items():
+        if _same_model(base_model, name):
+            return load_gates(folder)
+    listed = ", ".join(known) if known else "none yet"
+    raise ValueError(f"no gates are bundled for {name} (bundled: {listed}); pass a folder or a hub repository")
+
+
+def _build(model, modules: dict, gates: GateSet) -> dict[int, RetentionGate]:
+    name = _name(model)
+    if sorted(gates.layers) != sorted(modules):
+        raise ValueError(
+            f"gates in {gates.source} (for {gates.base_model or 'an unnamed model'}) are for layers "
+            f"{_span(gates.layers)}, {name} has full attention on layers {_span(modules)}"
+        )
+    if gates.base_model and not _same_model(gates.base_model, name):
+        logger.warning("gates in %s were trained for %s and are put on %s", gates.source, gates.base_model, name)
+    built = {}
+    for i, module in modules.items():
+        shape = _shape(model, module)
+        gate = RetentionGate(gates.kind(shape["hidden_size"]), **shape, intermediate_size=gates.intermediate_size)
+        for parameter, own in gate.state_dict().items():
+            given = gates.layers[i][parameter]
+            if given.shape != own.shape:
+                raise ValueError(
+                    f"gates in {gates.source} (for {gates.base_model or 'an unnamed model'}) do not fit {name}: "
+                    f"layer {i} {parameter} is {list(given.shape)}, the model needs {list(own.shape)}"
+                )
+        gate.load_state_dict(gates.layers[i])
+        device, dtype = _place(module)
+        built[i] = gate.to(device=device, dtype=dtype).requires_grad_(False).eval()
+    return built
+
+
+def _place(module) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of a module's computation, also where accelerate keeps its weights elsewhere."""
+    parameter = next(module.parameters())
+    dtype = parameter.dtype if parameter.dtype.is_floating_point else torch.get_default_dtype()
+    hook = getattr(module, "_hf_hook", None)
+    device = getattr(hook, "execution_device", None) or parameter.device
+    device = torch.device(device)
+    return (torch.device("cpu") if device.type == "meta" else device), dtype
+
+
+def _name(model) -> str:
+    return model.config._name_or_path or type(model).__name__
+
+
+def _same_model(a: str, b: str) -> bool:
+    """Whether two names mean the same model: a hub id and a local copy of it share the last part of their path."""
+    return a.rstrip("/").rsplit("/", 1)[-1].lower() == b.rstrip("/").rsplit("/", 1)[-1].lower()
+
+
+def _span(numbers) -> str:
+    numbers = sorted(numbers)
+    return f"{numbers[0]}..{numbers[-1]} ({len(numbers)})" if numbers else "none"

@@ -1,0 +1,614 @@
+"""The command line, as a person or a script meets it: on a tiny model in a folder."""
+
+import io
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from httpx import Request, Response
+from huggingface_hub.errors import RepositoryNotFoundError
+from transformers import AutoModelForCausalLM
+
+import trimkv
+from tiny_text import CHATML, byte_tokenizer, chat_model, save_model
+from trimkv.cli import loading
+from trimkv.cli.answer import Sampling, _Stream, answer
+from trimkv.cli.app import run
+from trimkv.cli.conversation import Conversation
+from trimkv.cli.interrupt import interruptible
+from trimkv.cli.turns import encode, first_turn, next_turn
+from trimkv.gates.attach import new_gates
+
+GREEDY = Sampling(max_new_tokens=12, temperature=0, top_p=1, repetition_penalty=1)
+GENERATE_KEYS = {
+    *("text", "model", "policy", "budget", "prompt_tokens", "new_tokens", "peak_tokens_per_head"),
+    *("peak_cache_bytes", "full_cache_bytes", "prefill_seconds", "decode_tokens_per_second", "finish_reason"),
+    *("peak_tokens_per_head_prefill", "peak_tokens_per_head_decode", "device", "dtype"),
+}
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return str(save_model(tmp_path_factory.mktemp("model") / "tiny"))
+
+
+@pytest.fixture
+def trim(capsys):
+    """Runs a command in this process: (exit code, stdout, stderr)."""
+
+    def call(*arguments):
+        capsys.readouterr()
+        code = run([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture
+def generate(trim, folder):
+    """`trimkv generate --json` on the tiny model: the object on the last line."""
+
+    def call(*arguments, prompt="Once upon a time there was a fox. " * 3):
+        code, out, err = trim("generate", "--model", folder, "--prompt", prompt, "--json", *arguments)
+        assert code == 0, err
+        return json.loads(out.splitlines()[-1])
+
+    return call
+
+
+def command(*arguments):
+    return [sys.executable, "-c", "from trimkv.cli import main; main()", *map(str, arguments)]
+
+
+def test_help_answers_before_torch_could_be_imported():
+    script = (
+        "import sys\n"
+        "from trimkv.cli.app import run\n"
+        "assert run(['--help']) == 0 and run(['generate', '--help']) == 0\n"
+        "slow = {'torch', 'transformers', 'rich', 'numpy'} & set(sys.modules)\n"
+        "assert not slow, slow"
+    )
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name in ("generate", "chat", "compare", "policies", "info"):
+        assert name in done.stdout
+    assert time.perf_counter() - start < 2
+
+
+def test_no_command_shows_the_help(trim):
+    code, out, _ = trim()
+    assert code == 0 and "Usage: trimkv" in out
+    assert trim("--version") == (0, f"trimkv {trimkv.__version__}\n", "")
+
+
+class TestGenerate:
+    def test_scripts_find_the_promised_keys(self, generate, folder):
+        found = generate("--budget", 20, "--prefill-chunk", 16, "--max-new-tokens", 9)
+        assert set(found) >= GENERATE_KEYS
+        assert found["model"] == folder and found["budget"] == 20
+        assert found["device"] == "cpu" and found["dtype"] == "float32"
+        assert found["new_tokens"] <= 9 and found["finish_reason"] in ("stop", "length")
+        assert found["prefill_seconds"] > 0
+
+    def test_the_budget_holds(self, generate):
+        found = generate("--budget", 20, "--prefill-chunk", 16, "--max-new-tokens", 9)
+        assert found["prompt_tokens"] > 100
+        assert found["peak_tokens_per_head_decode"] == 20
+        assert found["peak_tokens_per_head_prefill"] == 36 == found["peak_tokens_per_head"]
+        assert found["peak_cache_bytes"] < found["full_cache_bytes"]
+
+    @pytest.mark.parametrize("chunk", [7, 512])
+    def test_where_nothing_is_evicted_the_answer_is_the_stock_models(self, generate, folder, chunk):
+        tokenizer = byte_tokenizer()
+        ids = encode(tokenizer, first_turn(tokenizer, "Tell me a story.", "Be brief."))
+        stock = AutoModelForCausalLM.from_pretrained(folder)
+        new = stock.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=20, pad_token_id=0)[0, len(ids) :]
+        found = generate(
+            *("--system", "Be brief.", "--prefill-chunk", chunk, "--max-new-tokens", 20), prompt="Tell me a story."
+        )
+        assert found["text"] == tokenizer.decode(new, skip_special_tokens=True)
+        assert found["prompt_tokens"] == len(ids) and found["new_tokens"] == len(new)
+
+    def test_the_repetition_penalty_covers_the_prompt_as_in_transformers(self, generate, folder):
+        tokenizer = byte_tokenizer()
+        stock = AutoModelForCausalLM.from_pretrained(folder)
+        ids = torch.tensor([tokenizer("abcabcabc").input_ids])
+        new = stock.generate(ids, do_sample=False, max_new_tokens=20, repetition_penalty=3.0, pad_token_id=0)
+        arguments = ("--no-chat", "--repetition-penalty", 3, "--max-new-tokens", 20)
+        found = generate(*arguments, prompt="abcabcabc")
+        assert found["text"] == tokenizer.decode(new[0, ids.shape[1] :], skip_special_tokens=True)
+        assert found["text"] != generate("--no-chat", "--max-new-tokens", 20, prompt="abcabcabc")["text"]
+
+    def test_a_prompt_of_one_token(self, generate):
+        found = generate("--no-chat", "--budget", 5, "--max-new-tokens", 9, prompt="x")
+        assert found["prompt_tokens"] == 1 and found["peak_tokens_per_head_prefill"] == 0
+
+    def test_seeds_repeat_and_differ(self, generate):
+        drawn = [generate("--temperature", 1, "--seed", seed)["text"] for seed in (1, 1, 2)]
+        assert drawn[0] == drawn[1] != drawn[2]
+
+    def test_the_end_token_stops(self, trim, tmp_path):
+        path = save_model(tmp_path / "model")
+        config = json.loads((path / "generation_config.json").read_text())
+        config["eos_token_id"] = list(range(4, 260))
+        (path / "generation_config.json").write_text(json.dumps(config))
+        code, out, _ = trim("generate", "--model", path, "--prompt", "x", "--json")
+        found = json.loads(out)
+        assert found["finish_reason"] == "stop" and found["new_tokens"] == 1
+        assert found["decode_tokens_per_second"] is None
+
+    def test_people_see_the_answer_and_what_was_saved(self, trim, folder, generate):
+        arguments = ("--budget", 20, "--max-new-tokens", 30, "--prefill-chunk", 16)
+        prompt = "Once upon a time there was a fox. " * 3
+        text = generate(*arguments)["text"]
+        code, out, err = trim("generate", "--model", folder, "--prompt", prompt, *arguments)
+        assert code == 0
+        assert out.startswith(text)
+        assert "held 20 slots per head" in out.splitlines()[-1] and "% saved)" in out.splitlines()[-1]
+        assert "no trained gates for" in err and "using streaming_llm" in err
+
+    def test_prompts_from_files_and_pipes(self, trim, folder, tmp_path, monkeypatch, generate):
+        (tmp_path / "p.txt").write_text("grün", encoding="utf-8-sig")
+        common = ("generate", "--model", folder, "--json", "--max-new-tokens", 3)
+        expected = generate("--max-new-tokens", 3, prompt="grün")
+        _, out, _ = trim(*common, "--prompt-file", tmp_path / "p.txt")
+        assert json.loads(out)["text"] == expected["text"]
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("grün".encode())))
+        _, out, _ = trim(*common, "--prompt-file", "-")
+        assert json.loads(out)["prompt_tokens"] == expected["prompt_tokens"]
+
+    def test_gates_that_fit_make_trimkv_the_default(self, trim, folder, tmp_path):
+        trimkv.save_gates(new_gates(chat_model(), intermediate_size=8), tmp_path / "gates")
+        arguments = ("--model", folder, "--gates", tmp_path / "gates", "--budget", 10, "--max-new-tokens", 3, "--json")
+        code, out, err = trim("generate", "--prompt", "hello", *arguments)
+        assert code == 0, err
+        assert json.loads(out)["policy"] == "trimkv"
+
+
+class TestWhatAUserCanMend:
+    """One line, exit code 2, nothing on stdout, and no waiting for weights first."""
+
+    @pytest.mark.parametrize(
+        "arguments, said",
+        [
+            (["--prompt", "x", "--policy", "nope"], ["'nope'", "full", "random", "streaming_llm", "trimkv"]),
+            (["--prompt", "x", "--policy", "trimkv"], ["needs trained gates", "streaming_llm"]),
+            (["--prompt", "x", "--policy", "trimkv", "--gates", "none"], ["--gates none"]),
+            (["--prompt", "x", "--gates", "./nothing"], ["./nothing", "no such gate set"]),
+            (["--prompt", "x", "--budget", "0"], ["at least 1"]),
+            (["--prompt", "x", "--budget", "-5"], ["at least 1"]),
+            (["--prompt", "x", "--budget", "8", "--sinks", "4", "--recent", "4"], ["no room", "more than 8"]),
+            (["--prompt", "x", "--budget", "4"], ["too small", "4 sinks", "at least 5"]),
+            (["--prompt", "x", "--sinks", "-1"], ["must not be negative"]),
+            (["--prompt", "x", "--buffer", "-1"], ["must not be negative"]),
+            (["--prompt", "x", "--budget", "many"], ["--budget", "'many'"]),
+            (["--prompt", "x", "--temperature", "-1"], ["--temperature"]),
+            (["--prompt", "x", "--temperature", "nan"], ["--temperature"]),
+            (["--prompt", "x", "--top-p", "0"], ["--top-p"]),
+            (["--prompt", "x", "--top-p", "1.5"], ["--top-p"]),
+            (["--prompt", "x", "--top-p", "nan"], ["--top-p"]),
+            (["--prompt", "x", "--repetition-penalty", "0"], ["--repetition-penalty"]),
+            (["--prompt", "x", "--prefill-chunk", "0"], ["--prefill-chunk"]),
+            (["--prompt", "x", "--max-new-tokens", "0"], ["--max-new-tokens"]),
+            (["--prompt", "x", "--seed", "-1"], ["--seed"]),
+            (["--prompt", "x", "--device", "tpu"], ["--device", "cuda"]),
+            (["--prompt", "x", "--dtype", "int4"], ["--dtype", "bfloat16"]),
+            (["--prompt", ""], ["prompt is empty"]),
+            (["--prompt", " \n\t"], ["prompt is empty"]),
+            (["--prompt", "\udcff"], ["not valid UTF-8"]),
+            ([], ["no prompt", "--prompt-file"]),
+            (["--prompt", "x", "--prompt-file", "y"], ["not both"]),
+            (["--prompt-file", "nowhere.txt"], ["nowhere.txt", "No such file"]),
+            (["--prompt-file", "."], [".", "directory"]),
+            (["--prompt", "x", "--nonsense"], ["--nonsense"]),
+            (["--prompt", "x", "--model", "./nowhere"], ["./nowhere", "no such folder"]),
+            (["--prompt", "x", "--model", "a/b/c"], ["a/b/c", "no such folder"]),
+            (["--prompt", "x", "--model", ""], ["model's name is empty"]),
+        ],
+    )
+    def test_generate(self, trim, folder, monkeypatch, arguments, said):
+        monkeypatch.setattr(loading, "load_model", lambda *a, **k: pytest.fail("the model was loaded first"))
+        model = [] if "--model" in arguments else ["--model", folder]
+        code, out, err = trim("generate", *model, *arguments)
+        _check(code, out, err, said)
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+    def test_a_gpu_that_is_not_there(self, trim, folder):
+        _check(*trim("generate", "--model", folder, "--prompt", "x", "--device", "cuda"), ["no CUDA GPU"])
+
+    @pytest.mark.parametrize("content, said", [(b"\xff\xfe", "not UTF-8"), (b"a\0b", "binary"), (b" \n", "empty")])
+    def test_prompt_files_that_are_no_text(self, trim, folder, tmp_path, content, said):
+        (tmp_path / "prompt").write_bytes(content)
+        _check(*trim("generate", "--model", folder, "--prompt-file", tmp_path / "prompt"), [said])
+
+    def test_gates_of_another_model(self, trim, folder, tmp_path):
+        other = chat_model(hidden_size=32)
+        other.config._name_or_path = "other/model"
+        trimkv.save_gates(new_gates(other, intermediate_size=8), tmp_path / "gates")
+        arguments = ("--model", folder, "--prompt", "x", "--gates", tmp_path / "gates")
+        _check(*trim("generate", *arguments), ["other/model", folder, "do not fit"])
+
+    def test_gates_that_hold_code(self, trim, folder, tmp_path):
+        gates, trap = tmp_path / "gates", tmp_path / "sprung"
+        gates.mkdir()
+        (gates / "config.json").write_text('{"base_model": "x", "retention_gate": "rg"}')
+        (gates / "trimkv_weights.pth").write_bytes(pickle.dumps(Trap(trap)))
+        _check(*trim("generate", "--model", folder, "--prompt", "x", "--gates", gates), ["trimkv_weights.pth"])
+        assert not trap.exists()
+
+    def test_a_checkpoint_that_holds_code(self, trim, tmp_path):
+        path, trap = save_model(tmp_path / "model"), tmp_path / "sprung"
+        (path / "model.safetensors").unlink()
+        (path / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(trap)))
+        code, out, err = trim("generate", "--model", path, "--prompt", "x", "--policy", "random")
+        _check(code, out, err, ["cannot load model", str(path)])
+        assert not trap.exists()
+
+    @pytest.mark.parametrize(
+        "file, content, said",
+        [
+            ("model.safetensors", b"\x10garbage", "cannot load model"),
+            ("model.safetensors", None, "cannot load model"),
+            ("config.json", b"{", "cannot load"),
+            ("tokenizer.json", b"{", "cannot load the tokenizer"),
+        ],
+    )
+    def test_a_damaged_model(self, trim, tmp_path, file, content, said):
+        path = save_model(tmp_path / "model")
+        (path / file).unlink()
+        if content is not None:
+            (path / file).write_bytes(content)
+        _check(*trim("generate", "--model", path, "--prompt", "x", "--policy", "random"), [said, str(path)])
+
+    def test_a_checkpoint_without_some_weights(self, trim, tmp_path):
+        """transformers would fill in random numbers, and the answer would be noise."""
+        from safetensors.torch import load_file, save_file
+
+        path = save_model(tmp_path / "model")
+        weights = load_file(path / "model.safetensors")
+        del weights["model.layers.1.mlp.up_proj.weight"]
+        save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+        code, out, err = trim("generate", "--model", path, "--prompt", "x", "--policy", "random")
+        _check(code, out, err, ["lacks 1 weights", "model.layers.1.mlp.up_proj.weight"])
+
+    def test_a_model_that_slots_cannot_serve(self, trim, tmp_path):
+        path = save_model(
+            tmp_path / "model", architecture="mistral", sliding_window=8, layer_types=["sliding_attention"] * 4
+        )
+        code, out, err = trim("generate", "--model", path, "--prompt", "x", "--policy", "random")
+        _check(code, out, err, ["no full-attention layer"])
+
+    @pytest.mark.parametrize(
+        "failure, said",
+        [
+            (OSError("Name or service not known"), "cannot be reached (Name or service not known)"),
+            (
+                RepositoryNotFoundError("404", response=Response(404, request=Request("GET", "https://hub"))),
+                "no such model on the Hugging Face hub",
+            ),
+        ],
+    )
+    def test_a_hub_id_that_leads_nowhere_is_asked_for_once(self, trim, monkeypatch, failure, said):
+        """transformers would retry for a minute, with a line for each try."""
+        asked = []
+
+        def model_info(self, name, timeout):
+            asked.append(name)
+            raise failure
+
+        monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
+        _check(*trim("generate", "--prompt", "x", "--model", "some/model"), ["some/model", said])
+        assert asked == ["some/model"]
+
+    def test_a_budget_beyond_all_memory(self, trim, folder):
+        budget = 2 * 10**13
+        code, out, err = trim("generate", "--model", folder, "--prompt", "x", "--policy", "random", "--budget", budget)
+        _check(code, out, err, ["out of memory", "--budget"])
+
+    def test_templates(self, trim, tmp_path):
+        path = save_model(tmp_path / "model", tokenizer=byte_tokenizer(chat_template=None))
+        common = ("--model", path, "--policy", "random")
+        _check(*trim("generate", *common, "--prompt", "x", "--chat"), ["no chat template"])
+        _check(*trim("generate", *common, "--prompt", "x", "--system", "y"), ["--system needs a chat template"])
+        _check(*trim("chat", *common), ["no chat template", "trimkv generate"])
+
+    @pytest.mark.parametrize(
+        "arguments, said",
+        [
+            ([], ["--text"]),
+            (["--text", "nowhere.txt"], ["nowhere.txt"]),
+            (["--text", "{tmp}/bad.jsonl"], ["bad.jsonl, line 1"]),
+            (["--text", "{tmp}/good.txt", "--budgets", "a,b"], ["--budgets"]),
+            (["--text", "{tmp}/good.txt", "--budgets", ","], ["--budgets is empty"]),
+            (["--text", "{tmp}/good.txt", "--budgets", "64,0"], ["at least 1"]),
+            (["--text", "{tmp}/good.txt", "--policies", "full,nope"], ["'nope'", "streaming_llm"]),
+            (["--text", "{tmp}/good.txt", "--policies", "trimkv"], ["needs trained gates"]),
+            (["--text", "{tmp}/good.txt", "--policies", "random", "--context", "1"], ["--context"]),
+            (["--text", "{tmp}/good.txt", "--policies", "random", "--max-sequences", "0"], ["--max-sequences"]),
+            (["--text", "{tmp}/good.txt", "--policies", "random"], ["shorter than one sequence of 2048"]),
+            (["--text", "{tmp}/good.txt", "--policies", "random", "--output", "no/such/x.json"], ["no/such/x.json"]),
+        ],
+    )
+    def test_compare(self, trim, folder, tmp_path, monkeypatch, arguments, said):
+        monkeypatch.setattr(loading, "load_model", lambda *a, **k: pytest.fail("the model was loaded first"))
+        (tmp_path / "bad.jsonl").write_text("{")
+        (tmp_path / "good.txt").write_text("some words")
+        arguments = [argument.format(tmp=tmp_path) for argument in arguments]
+        _check(*trim("compare", "--model", folder, *arguments), said)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl", "good.txt"]
+
+
+class Trap:
+    """A pickle that would leave a file behind if anyone ran it."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def _check(code, out, err, said):
+    assert code == 2, err
+    assert out == ""
+    assert len(err.splitlines()) == 1 and err.startswith("trimkv: error: "), err
+    for fragment in said:
+        assert fragment in err
+
+
+class TestFailures:
+    def test_a_bug_is_one_line_and_points_to_debug(self, trim, monkeypatch):
+        def broken(self):
+            raise KeyError("deep inside\nsecond line")
+
+        monkeypatch.setattr("trimkv.embedded.cache_home", lambda: broken(None))
+        code, out, err = trim("info")
+        assert (code, out) == (1, "")
+        assert len(err.splitlines()) == 1 and "KeyError" in err and "--debug" in err
+        code, _, err = trim("info", "--debug")
+        assert code == 1 and "Traceback" in err
+        assert trim("--debug", "info")[2] == err
+
+    def test_debug_shows_where_a_users_error_was_found(self, trim):
+        code, _, err = trim("generate", "--debug", "--prompt", "")
+        assert code == 2 and "Traceback" in err and err.splitlines()[-1] == "trimkv: error: the prompt is empty"
+
+    def test_ctrl_c_is_quiet(self, trim, monkeypatch):
+        def interrupted():
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("trimkv.embedded.cache_home", interrupted)
+        code, out, err = trim("info")
+        assert (code, out, err.strip()) == (130, "", "")
+
+    @pytest.mark.parametrize("arguments", [["--help"], ["policies"], ["policies", "--json"]])
+    def test_a_reader_that_went_away(self, arguments):
+        """trimkv ... | head"""
+        reading, writing = os.pipe()
+        os.close(reading)
+        done = subprocess.run(command(*arguments), stdout=writing, stderr=subprocess.PIPE, text=True)
+        os.close(writing)
+        assert done.returncode not in (0, 2) and done.stderr == ""
+
+
+class TestTurns:
+    def test_the_next_turn_is_what_the_template_would_have_written(self):
+        tokenizer = byte_tokenizer()
+        whole = [
+            {"role": "system", "content": "s"},
+            {"role": "user", "content": "one"},
+            {"role": "assistant", "content": "two"},
+            {"role": "user", "content": "three"},
+        ]
+        expected = tokenizer.apply_chat_template(whole, tokenize=False, add_generation_prompt=True)
+        assert first_turn(tokenizer, "one", "s") + "two" + next_turn(tokenizer, "three") == expected
+
+    def test_a_template_that_forgets_answers_is_refused(self):
+        tokenizer = byte_tokenizer(chat_template="{{ messages[-1]['content'] }}")
+        with pytest.raises(ValueError, match="leaves past answers out"):
+            next_turn(tokenizer, "hello")
+
+
+def converse(budget=4096, policy="streaming_llm", **sampling):
+    model = chat_model()
+    cache = trimkv.bounded_cache(model, policy=policy, budget=budget, chunk=16)
+    sampling = Sampling(**{**vars(GREEDY), **sampling})
+    return Conversation(model, byte_tokenizer(), cache, sampling, chunk=16, system="sys")
+
+
+class TestConversation:
+    def test_every_token_is_fed_exactly_once(self):
+        conversation = converse()
+        fed = []
+        conversation.model.get_decoder().register_forward_pre_hook(
+            lambda module, args, kwargs: fed.extend(kwargs["input_ids"][0].tolist()), with_kwargs=True
+        )
+        for message in ("one", "two", "three"):
+            conversation.say(message)
+        assert fed == conversation.history[:-1]
+
+    def test_later_answers_equal_a_fresh_read_of_the_whole_conversation(self):
+        conversation = converse()
+        for message in ("one", "two"):
+            conversation.say(message)
+        again = conversation.say("three")
+        history = conversation.history[: -len(again.token_ids)]
+        stock = chat_model().generate(torch.tensor([history]), do_sample=False, max_new_tokens=12, pad_token_id=0)
+        assert stock[0, len(history) :].tolist() == again.token_ids
+
+    @pytest.mark.parametrize("ended", [True, False])
+    def test_the_end_of_a_turn_is_there_once(self, ended):
+        """Whether the model ended its answer itself or was cut short."""
+        conversation = converse()
+        answered = conversation.say("one").token_ids
+        assert 3 not in answered
+        if ended:
+            conversation.history.append(3)  # drawn, and like every last token not in the cache yet
+        conversation.say("two")
+        text = conversation.tokenizer.decode(conversation.history)
+        answered = conversation.tokenizer.decode(answered)
+        assert f"assistant\n{answered}<|im_end|>\n<|im_start|>user\ntwo<|im_end|>\n" in text
+
+    def test_memory_stays_flat_however_long_the_conversation(self):
+        conversation = converse(budget=24)
+        sizes, seen = set(), 0
+        for number in range(20):
+            conversation.say(f"message number {number} with some words in it")
+            sizes.add(conversation.cache.nbytes)
+            seen = conversation.cache.get_seq_length()
+        assert seen > 30 * 24 and len(sizes) == 1
+        assert conversation.cache.held_tokens == 24
+        assert conversation.cache.peak_tokens <= 24 + 16
+
+    def test_reset_starts_anew_in_the_same_memory(self):
+        conversation = converse(budget=24)
+        first = conversation.say("hello").token_ids
+        conversation.say("and more")
+        size = conversation.cache.nbytes
+        conversation.reset()
+        assert conversation.cache.get_seq_length() == 0 and conversation.cache.nbytes == size
+        assert conversation.say("hello").token_ids == first
+
+    @pytest.mark.parametrize("stop_after", [0, 1, 3, 7])
+    def test_an_interrupted_answer_leaves_a_conversation_that_goes_on(self, stop_after):
+        """Stopped while reading or while writing: nothing is lost, nothing is fed twice."""
+        conversation = converse()
+        asked = iter(range(1000))
+        out = conversation.say(
+            "a rather long message that takes several chunks", stopped=lambda: next(asked) >= stop_after
+        )
+        assert out.finish_reason == "interrupted"
+        again = conversation.say("two")
+        assert again.finish_reason in ("stop", "length")
+        assert conversation.cache.get_seq_length() == len(conversation.history) - 1
+        history = conversation.history[: -len(again.token_ids)]
+        stock = chat_model().generate(torch.tensor([history]), do_sample=False, max_new_tokens=12, pad_token_id=0)
+        assert stock[0, len(history) :].tolist() == again.token_ids
+
+    def test_ctrl_c_stops_the_answer_and_not_the_program(self):
+        conversation = converse(max_new_tokens=200)
+        pressed = []
+
+        def press_once(text):
+            if not pressed:
+                pressed.append(signal.raise_signal(signal.SIGINT))
+
+        with interruptible() as stopped:
+            out = conversation.say("hello", write=press_once, stopped=stopped)
+        assert out.finish_reason == "interrupted" and 1 <= len(out.token_ids) < 20
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)  # as before
+
+    def test_text_arrives_in_pieces_that_make_up_the_answer(self):
+        pieces = []
+        stream = _Stream(byte_tokenizer(), pieces.append)
+        stream.put(torch.tensor([[5, 6, 7]]))  # the prompt
+        for token in byte_tokenizer()("Grüße 🦊 und mehr").input_ids:
+            stream.put(torch.tensor([token]))
+        stream.put(torch.tensor([3]))
+        stream.end()
+        assert "".join(pieces) == "Grüße 🦊 und mehr"
+        assert "🦊" in pieces and len(pieces) == len("Grüße 🦊 und mehr")
+
+    def test_half_a_character_at_the_end_is_not_swallowed(self):
+        pieces = []
+        stream = _Stream(byte_tokenizer(), pieces.append)
+        stream.put(torch.tensor([[5]]))
+        for token in byte_tokenizer()("a🦊").input_ids[:-1]:
+            stream.put(torch.tensor([token]))
+        assert pieces == ["a"]
+        stream.end()
+        assert "".join(pieces).startswith("a\ufffd")
+
+    def test_sampling_is_not_cut_at_the_50_best_tokens(self):
+        """transformers would do so unasked; --top-p 1 --temperature 1 means the model's own distribution."""
+        torch.manual_seed(0)
+        conversation = converse(max_new_tokens=60, temperature=100.0)
+        model, drawn = conversation.model, set()
+        for _ in range(4):
+            cache = trimkv.bounded_cache(model, policy="full")
+            drawn |= set(answer(model, conversation.tokenizer, cache, [5], conversation.sampling, 16).token_ids)
+        assert len(drawn) > 100
+
+
+class TestChat:
+    def pipe(self, monkeypatch, text):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+
+    def test_a_piped_conversation(self, trim, folder, monkeypatch):
+        self.pipe(monkeypatch, "one\n\ntwo\n/stats\n/help\n/wat\n/reset\nthree\n/quit\nnever read\n")
+        code, out, err = trim("chat", "--model", folder, "--budget", 24, "--max-new-tokens", 5)
+        assert code == 0, err
+        assert out.count("slots per head · cache") == 4  # three answers and /stats
+        for fragment in ("most tokens attended", "/reset", "unknown command /wat", "everything forgotten"):
+            assert fragment in out
+
+    def test_json_at_the_end(self, trim, folder, monkeypatch):
+        self.pipe(monkeypatch, "one\ntwo")
+        code, out, err = trim("chat", "--model", folder, "--budget", 24, "--max-new-tokens", 5, "--json")
+        assert code == 0 and len(out.splitlines()) == 1
+        found = json.loads(out)
+        assert [turn["prompt"] for turn in found["turns"]] == ["one", "two"]
+        assert found["seen_tokens"] == found["turns"][-1]["seen_tokens"] > found["turns"][0]["seen_tokens"] > 24
+        assert found["held_tokens"] == 24 == found["peak_tokens_per_head_decode"]
+        new = encode(byte_tokenizer(), next_turn(byte_tokenizer(), "two"))
+        assert len(new) <= found["turns"][1]["prompt_tokens"] <= len(new) + 1
+
+    def test_a_message_that_the_template_refuses_does_not_end_the_chat(self, trim, tmp_path, monkeypatch):
+        template = "{% if messages[-1]['content'] == 'bad' %}{{ raise_exception('no') }}{% endif %}" + CHATML
+        path = save_model(tmp_path / "model", tokenizer=byte_tokenizer(chat_template=template))
+        self.pipe(monkeypatch, "good\nbad\ngood\n")
+        code, out, err = trim("chat", "--model", path, "--max-new-tokens", 3, "--json")
+        assert code == 0 and "refuses this: no" in err
+        assert [turn["prompt"] for turn in json.loads(out)["turns"]] == ["good", "good"]
+
+
+class TestCompare:
+    def test_rows_for_scripts_and_a_table_for_people(self, trim, folder, tmp_path):
+        for name in "abc":
+            (tmp_path / f"{name}.txt").write_text(f"{name} was a small word in a long text. " * 20)
+        arguments = (
+            *("compare", "--model", folder, "--text", tmp_path / "a.txt", tmp_path / "b.txt"),
+            *("--text", tmp_path / "c.txt", "--context", 40, "--policies", "full,streaming_llm,random"),
+            *("--budgets", "8,12", "--max-sequences", 4, "--output", tmp_path / "out.json"),
+        )
+        code, out, err = trim(*arguments, "--json")
+        assert code == 0, err
+        found = json.loads(out.splitlines()[-1])
+        assert json.loads((tmp_path / "out.json").read_text()) == found
+        assert found["context"] == 40 and found["model"] == folder and found["full_perplexity"] > 1
+        assert len(found["rows"]) == 6
+        for row in found["rows"]:
+            assert row["tokens"] == 4 * 39
+            assert row["policy"] == "full" or row["peak_tokens_per_head"] == row["budget"]
+            assert (row["kl"] < 1e-6) == (row["policy"] == "full")
+        code, out, _ = trim(*arguments)
+        assert code == 0 and "KL" in out and "streaming_llm" in out
+        assert sum("full " in line and "all" in line for line in out.splitlines()) == 1
+
+
+def test_policies(trim):
+    code, out, _ = trim("policies", "--json")
+    found = {row["name"]: row for row in json.loads(out)["policies"]}
+    assert code == 0 and set(found) >= {"full", "trimkv", "streaming_llm", "random"}
+    assert found["trimkv"]["trained"] and found["trimkv"]["needs"] == ["log_beta"]
+    assert all(row["source"] and row["description"] for row in found.values())
+    assert "streaming_llm" in trim("policies")[1]
+
+
+def test_info(trim, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRIMKV_HOME", str(tmp_path / "home"))
+    found = json.loads(trim("info", "--json")[1])
+    assert found["versions"]["trimkv"] == trimkv.__version__ and found["versions"]["torch"] == torch.__version__
+    assert found["cache_folder"] == str(tmp_path / "home") and found["smollm2_cached"] is False
+    code, out, _ = trim("info")
+    assert code == 0 and "not fetched yet" in out
+    assert not (tmp_path / "home").exists()
