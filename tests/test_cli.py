@@ -530,13 +530,12 @@ class TestConversation:
 
     def test_sampling_is_not_cut_at_the_50_best_tokens(self):
         """transformers would do so unasked; --top-p 1 --temperature 1 means the model's own distribution."""
-        torch.manual_seed(0)
-        conversation = converse(max_new_tokens=60, temperature=100.0)
+        conversation = converse(max_new_tokens=1, temperature=100.0)
         model, drawn = conversation.model, set()
-        for _ in range(4):
+        for _ in range(200):
             cache = trimkv.bounded_cache(model, policy="full")
             drawn |= set(answer(model, conversation.tokenizer, cache, [5], conversation.sampling, 16).token_ids)
-        assert len(drawn) > 100
+        assert len(drawn) > 60
 
 
 class TestChat:
