@@ -23,11 +23,12 @@ from .options import model_options, output_options
 @click.option(
     "--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Sequences that advance together."
 )
+@click.option("--stepwise", is_flag=True, help="Feed token by token even where one pass gives the same. Slow.")
 @click.option("--output", metavar="FILE.json", help="Write the JSON object to a file, too.")
 @model_options
 @output_options
 def compare(**options):
-    """Compare policies with the full cache on your text, token by token.
+    """Compare policies with the full cache on your text, evicting at every token.
 
     Every sequence is read by the full model and by each policy at each budget; a token is evicted at every step, so the
     budget is never exceeded. Reported are KL(full || policy) in nats, perplexity and how often the most probable token
@@ -61,15 +62,15 @@ def compare(**options):
 def _compare(model, ids, policies, budgets, o: SimpleNamespace) -> dict:
     from .. import bounded_cache
     from ..cache.policies import make
-    from ..eval.compare import compare_stepwise
+    from ..eval.compare import compare as run
 
     chosen = [make(name, seed=o.seed) if name == "random" else make(name) for name in policies]
     with mendable():  # a model that cannot be served from slots says so here, not within the measurement
         for policy in chosen:
             bounded_cache(model, policy, budgets[0])
     with loading.quiet(), _progress() as progress:
-        found = compare_stepwise(model, ids, chosen, budgets, batch_size=o.batch_size, progress=progress, name=o.model)
-    return found.as_dict()
+        options = {"batch_size": o.batch_size, "progress": progress, "name": o.model, "stepwise": o.stepwise}
+        return run(model, ids, chosen, budgets, **options).as_dict()
 
 
 def _names(text: str | None) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
-"""Teacher-forced comparison of bounded caches with the full one: the truth, token by token."""
+"""Teacher-forced comparison of bounded caches with the full one."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -10,6 +11,8 @@ from transformers.cache_utils import DynamicCache
 from ..budget import Budget
 from ..cache.build import bounded_cache
 from ..cache.policies import Policy, make
+from ..cache.replay import replayable
+from . import layerwise
 
 
 @dataclass(frozen=True)
@@ -48,29 +51,34 @@ class Comparison:
 
 
 @torch.inference_mode()
-def compare_stepwise(
+def compare(
     model,
     ids_NT: torch.Tensor,
     policies: Sequence[str | Policy],
     budgets: Sequence[int | Budget],
     batch_size: int = 8,
-    block: int = 128,
     progress: Callable[[int, int], None] = lambda done, total: None,
     name: str | None = None,
+    stepwise: bool = False,
+    block: int = 128,
 ) -> Comparison:
-    """Every policy at every budget, one token a forward pass: position t attends to itself and to what the policy kept
-    of the tokens before it, never to more than the budget, and eviction happens at every token.
+    """Every policy at every budget: position t attends to itself and to what the policy kept of the tokens before it,
+    never to more than the budget, and eviction happens at every token.
 
-    The full model reads ``block`` positions at a time, and every bounded cache then takes the same positions one by
-    one: the logits of one block are all that is ever held of the teacher.
+    What is kept depends on keys and gates alone for most policies. Their sequences are read in one forward pass that
+    replays the evictions of all steps in each layer (layerwise.py): the numbers of feeding one token at a time, in a
+    small part of the time. Policies whose scores need attention, budgets with a buffer, and models whose rotations
+    depend on the length are fed token by token.
 
     Args:
         ids_NT: int64 [N, T], sequences of equal length without padding. Position t predicts token t + 1.
         policies: names or Policy objects. "full" ignores the budget: a check of the measurement itself (kl ~ 0).
         budgets: tokens per head, or Budgets.
         batch_size: sequences that advance together.
-        progress: called as ``progress(done, total)``, in forward passes of bounded caches.
+        progress: called as ``progress(done, total)``.
         name: what the result calls the model.
+        stepwise: feed everything token by token.
+        block: positions of the full model that are held at a time, token by token.
 
     Returns:
         A Comparison with one row per policy and budget, policies outermost.
@@ -83,8 +91,40 @@ def compare_stepwise(
         raise ValueError(f"nothing to predict in {N} sequences of {T} tokens")
     grid = _grid(policies, budgets, model.device)
     cells = list(dict.fromkeys(cell for cell, _ in grid))
+    at_once = not stepwise and layerwise.same_rotations(model, T)
+    fast = [cell for cell in cells if at_once and replayable(cell.policy, cell.budget)]
+    slow = [cell for cell in cells if cell not in fast]
+    slot_layers = len(bounded_cache(model, fast[0].policy, fast[0].budget).slot_layers) if fast else 0
+    batches = math.ceil(N / batch_size)
+    total = batches * (len(fast) * slot_layers + len(slow) * (T - 1))
+    done = itertools.count(1)
+
+    def tick() -> None:
+        progress(next(done), total)
+
     full = _Sums(model.device)
-    done, total = 0, math.ceil(N / batch_size) * len(cells) * (T - 1)
+    if fast:
+        layerwise.measure(model, ids_NT, fast, full, batch_size, tick)
+    if slow:
+        full = _Sums(model.device)
+        _measure_stepwise(model, ids_NT, slow, full, batch_size, block, tick)
+    rows = [cell.row(budget) for cell, budget in grid]
+    name = name or model.config._name_or_path or type(model).__name__
+    return Comparison(rows, full.perplexity, context=T, sequences=N, model=name)
+
+
+def compare_stepwise(model, ids_NT: torch.Tensor, policies, budgets, **options) -> Comparison:
+    """``compare`` by feeding one token a forward pass to real bounded caches: the truth that it must agree with.
+
+    ``progress`` counts forward passes of bounded caches.
+    """
+    return compare(model, ids_NT, policies, budgets, stepwise=True, **options)
+
+
+def _measure_stepwise(model, ids_NT, cells: list["_Cell"], full: "_Sums", batch_size: int, block: int, tick) -> None:
+    """The full model reads ``block`` positions at a time, and every bounded cache then takes the same positions one by
+    one: the logits of one block are all that is ever held of the teacher."""
+    T = ids_NT.shape[1]
     for ids_BT in ids_NT.to(model.device).split(batch_size):
         for cell in cells:
             cell.cache = bounded_cache(model, cell.policy, cell.budget)
@@ -97,14 +137,10 @@ def compare_stepwise(
             for cell in cells:
                 for s in range(end - start):
                     cell.step(model, ids_BT[:, start + s], ids_BT[:, start + s + 1], logits_BSV[:, s])
-                    done += 1
-                    progress(done, total)
+                    tick()
             del logits_BSV  # before the next block's are made
         for cell in cells:
             cell.finish()
-    rows = [cell.row(budget) for cell, budget in grid]
-    name = name or model.config._name_or_path or type(model).__name__
-    return Comparison(rows, full.perplexity, context=T, sequences=N, model=name)
 
 
 class _Sums:
@@ -137,12 +173,17 @@ class _Cell(_Sums):
     def step(self, model, token_B: torch.Tensor, next_B: torch.Tensor, teacher_BV: torch.Tensor) -> None:
         """Feeds one token to each sequence and measures what it predicts."""
         logits_BV = model(input_ids=token_B[:, None], past_key_values=self.cache, use_cache=True).logits[:, -1]
-        logq_BV = self.add(logits_BV, next_B)
-        logp_BV = teacher_BV.float().log_softmax(-1)
+        self.measure(logits_BV, next_B, teacher_BV.float().log_softmax(-1), teacher_BV.argmax(-1))
+
+    def measure(
+        self, logits_NV: torch.Tensor, next_N: torch.Tensor, teacher_logp_NV: torch.Tensor, teacher_best_N: torch.Tensor
+    ) -> None:
+        """Adds N predictions, against the full model's log-probabilities and its most probable tokens."""
+        logq_NV, logp_NV = self.add(logits_NV, next_N), teacher_logp_NV
         # Where a model masks part of its vocabulary, both are -inf and their difference is no number.
-        kl_BV = torch.where(logp_BV > -math.inf, logp_BV.exp() * (logp_BV - logq_BV), 0.0)
-        self.kl += kl_BV.sum(dtype=torch.float64)
-        self.agreed += (logits_BV.argmax(-1) == teacher_BV.argmax(-1)).sum()
+        kl_NV = torch.where(logp_NV > -math.inf, logp_NV.exp() * (logp_NV - logq_NV), 0.0)
+        self.kl += kl_NV.sum(dtype=torch.float64)
+        self.agreed += (logits_NV.argmax(-1) == teacher_best_N).sum()
 
     def finish(self) -> None:
         """The batch is through: remember its peak, free its slots."""

@@ -1,0 +1,141 @@
+"""What a bounded cache that evicts at every token would have kept, found for a whole sequence in one forward pass."""
+
+from collections.abc import Callable
+
+import torch
+
+from ..attention import slots as attention
+from ..budget import Budget
+from .bounded import BoundedCache
+from .build import bounded_cache
+from .layers import BoundedLayer
+from .policies import Policy
+from .slots import Slots
+
+QUERIES = 128  # that attend together: a mask is [B, H, 128, M + 128], never T x T
+
+
+def replayable(policy: Policy, budget: Budget) -> bool:
+    """Whether what a layer keeps can be known before its attention runs: scores without queries, no buffer."""
+    return "attention" not in policy.needs and budget.buffer == 0
+
+
+def replay_cache(model, policy: str | Policy, budget: int | Budget) -> BoundedCache:
+    """A cache for one forward pass over whole sequences, of equal length and without padding, in which every position
+    attends to what it would attend to if the tokens came one by one.
+
+    Raises:
+        ValueError: as ``bounded_cache``; or a policy or budget that is not ``replayable``.
+    """
+    cache = bounded_cache(model, policy, budget)
+    for layer in cache.slot_layers:
+        if not replayable(layer.policy, layer.budget):
+            raise ValueError(f"policy {layer.policy.name} with {layer.budget} must be fed token by token")
+    return BoundedCache(
+        [
+            ReplayLayer(layer.policy, layer.budget, None, layer.layer_idx) if isinstance(layer, BoundedLayer) else layer
+            for layer in cache.layers
+        ]
+    )
+
+
+class ReplayLayer(BoundedLayer):
+    """A ``BoundedLayer`` that takes all tokens at once and stores none.
+
+    Attributes:
+        last: int32 [B, H, T], the last step at which each token is attended to: token j is seen by queries j..last[j].
+        on_attended: called when the layer is through.
+    """
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.last: torch.Tensor | None = None
+        self.on_attended: Callable[[], None] = lambda: None
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    @torch.no_grad()
+    def attend(self, module, q, k, v, scaling, softcap=None, s_aux=None) -> torch.Tensor:
+        """Attention of all T queries, each over what its step would have found in the slots. Returns [B, Q, T, D]."""
+        T = k.shape[2]
+        if self.real is not None or self.columns != T:
+            raise ValueError("a replay takes whole sequences without padding, in one forward pass")
+        self.waiting = 0
+        log_beta = self._take_log_beta(module, k, v) if "log_beta" in self.policy.needs else None
+        position = torch.arange(T, dtype=torch.int32, device=k.device).expand(*k.shape[:3])
+        tokens = Slots(k, v, position, {}, self.layer_idx)
+        state = self.policy.new_state(tokens, log_beta)
+        tokens.state = {name: state[name].to(dtype) for name, dtype in self.policy.state.items()}
+        M = self.budget.tokens if self.policy.bounded else T
+        self.last = last_steps(tokens, self.policy, M, self.sinks, self.budget.recent)
+        out, peaks = [], []
+        for start in range(0, T, QUERIES):
+            end = min(start + QUERIES, T)
+            part, mask = _seen_by(tokens, self.last, start, end, M)
+            out.append(attention.attend(q[:, :, start:end], part.k, part.v, mask, scaling, softcap, s_aux))
+            peaks.append(mask.sum(-1).amax())
+        self.peak_decode_tokens = max(self.peak_decode_tokens, int(torch.stack(peaks).amax()))
+        self.on_attended()
+        return torch.cat(out, 2)
+
+
+def last_steps(tokens: Slots, policy: Policy, M: int, sinks: int = 0, recent: int = 0) -> torch.Tensor:
+    """The last step at which each of T tokens is attended to, int32 [B, H, T]; T - 1 for those never evicted.
+
+    Plays ``BoundedLayer``'s decoding through without attention: M slots per head, and from step M on the new token
+    takes the victim's. Only positions and state move; the host reads nothing.
+    """
+    B, H, T = tokens.position.shape
+    last = torch.full((B, H, T), T - 1, dtype=torch.int32, device=tokens.position.device)
+    if M >= T:
+        return last
+    position = tokens.position[:, :, :M].clone()
+    state = {name: t[:, :, :M].clone() for name, t in tokens.state.items()}
+    held = _Held(tokens, position, state)
+    news = tokens.position.unbind(2), *(t.unbind(2) for t in tokens.state.values())
+    kept = position, *state.values()
+    evicted = []
+    for t in range(M, T):
+        now = tokens.position[:, :1, t : t + 1]
+        recent_from = now - (recent - 1) if recent > 1 else None  # the arriving token is one of the recent
+        score = attention.protect(policy.score(held, now), position, sinks, recent_from, any_empty=False)
+        slot = attention.victim(score, position)
+        evicted.append(position.gather(2, slot))
+        for where, new in zip(kept, news, strict=True):
+            where.scatter_(2, slot, new[t][..., None])
+    steps = tokens.position[:, :, M - 1 : T - 1]  # evicted at step t: last seen at t - 1
+    return last.scatter(2, torch.cat(evicted, 2).long(), steps)
+
+
+class _Held(Slots):
+    """Slots that know their tokens' numbers; keys and values are copied out only for a policy that reads them."""
+
+    def __init__(self, tokens: Slots, position: torch.Tensor, state: dict[str, torch.Tensor]):
+        self.tokens, self.position, self.state, self.layer_idx = tokens, position, state, tokens.layer_idx
+
+    @property
+    def k(self) -> torch.Tensor:
+        return _pick(self.tokens.k, self.position.long())
+
+    @property
+    def v(self) -> torch.Tensor:
+        return _pick(self.tokens.v, self.position.long())
+
+
+def _seen_by(tokens: Slots, last: torch.Tensor, start: int, end: int, M: int) -> tuple[Slots, torch.Tensor]:
+    """The tokens that any of the queries start..end-1 sees, and which query sees which, bool [B, H, end - start, S].
+
+    No head sees more than M of the tokens before ``start``: those that last longest.
+    """
+    early = last[:, :, :start].topk(min(M, start), dim=-1).indices
+    position = torch.cat([early.int(), tokens.position[:, :, start:end]], 2)
+    index = position.long()
+    query = tokens.position[:1, :1, start:end, None]
+    mask = (position[:, :, None] <= query) & (query <= last.gather(2, index)[:, :, None])
+    return Slots(_pick(tokens.k, index), _pick(tokens.v, index), position, {}, tokens.layer_idx), mask
+
+
+def _pick(t_BHTD: torch.Tensor, index_BHS: torch.Tensor) -> torch.Tensor:
+    return t_BHTD.gather(2, index_BHS[..., None].expand(*index_BHS.shape, t_BHTD.shape[-1]))
