@@ -55,3 +55,58 @@ def best(score: list[float], position: list[int], budget: int) -> list[int]:
     valid = [i for i in range(len(score)) if position[i] >= 0]
     valid.sort(key=lambda i: (score[i], position[i]), reverse=True)
     return sorted(position[i] for i in valid[:budget])
+
+
+def document_rule(num_tokens: int, start_BT: torch.Tensor | None = None, device=None) -> torch.Tensor:
+    """Which tokens a token of a training sequence may see: bool [B or 1, T, T], row i true at start[i] <= j <= i."""
+    i = torch.arange(num_tokens, device=device)
+    seen = (i[None, :] <= i[:, None])[None]
+    return seen if start_BT is None else seen & (i >= start_BT[:, :, None])
+
+
+def decayed_attention(
+    q_BQTD: torch.Tensor,
+    k_BHTD: torch.Tensor,
+    v_BHTD: torch.Tensor,
+    log_beta_BHT: torch.Tensor,
+    scaling: float,
+    start_BT: torch.Tensor | None = None,
+    softcap: float | None = None,
+    s_aux_Q: torch.Tensor | None = None,
+    variant: str = "additive",
+) -> torch.Tensor:
+    """Attention in which key j fades by beta_j per token of age. Returns fp32 [B, Q, T, D] (fp64 stays fp64).
+
+    The logit of query i and key j is  c(scaling * q_i . k_j) + (i - j) * log_beta_j,  c being the softcap: the weight
+    exp(logit) is multiplied by beta_j ** (i - j) (arXiv 2512.03324, equation 3). ``variant="multiplicative"`` scales
+    the logit itself by beta_j ** (i - j) instead, which promotes old keys with a negative logit; see decay.py.
+    """
+    wide = torch.promote_types(q_BQTD.dtype, torch.float32)
+    group, T = q_BQTD.shape[1] // k_BHTD.shape[1], q_BQTD.shape[2]
+    k, v, log_beta = (x.to(wide).repeat_interleave(group, 1) for x in (k_BHTD, v_BHTD, log_beta_BHT))
+    seen = document_rule(T, start_BT, q_BQTD.device)[:, None]
+    i = torch.arange(T, device=q_BQTD.device)
+    age = (i[:, None] - i[None, :]).clamp_min(0).to(wide)
+    logits = q_BQTD.to(wide) @ k.transpose(2, 3) * scaling
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    decay = age * log_beta[:, :, None, :]
+    logits = logits * decay.exp() if variant == "multiplicative" else logits + decay
+    logits = logits.masked_fill(~seen, float("-inf"))
+    if s_aux_Q is not None:
+        sink = s_aux_Q.to(wide)[None, :, None, None].expand(*logits.shape[:3], 1)
+        logits = torch.cat([logits, sink], -1)
+    return logits.softmax(-1)[..., :T] @ v
+
+
+def retention_sum(log_beta_BHT: torch.Tensor, start_BT: torch.Tensor | None = None) -> torch.Tensor:
+    """Tokens that a head still holds at each step: S_t = sum of beta_j ** (t - j) over j <= t of t's document.
+
+    Returns fp32 [B, H, T] (fp64 stays fp64); 1 <= S_t <= tokens of the document so far.
+    """
+    T = log_beta_BHT.shape[-1]
+    log_beta = log_beta_BHT.to(torch.promote_types(log_beta_BHT.dtype, torch.float32))
+    i = torch.arange(T, device=log_beta.device)
+    age = (i[:, None] - i[None, :]).clamp_min(0)
+    seen = document_rule(T, start_BT, log_beta.device)[:, None]
+    return (age * log_beta[:, :, None, :]).exp().masked_fill(~seen, 0.0).sum(-1)

@@ -15,6 +15,7 @@ from .generate import generate
 from .info import info
 from .options import debug_option
 from .policies import policies
+from .train import train
 
 INTERRUPTED = 130  # 128 + SIGINT, what shells expect
 
@@ -29,7 +30,7 @@ def trimkv(context: click.Context):
         click.echo(context.get_help())
 
 
-for command in (generate, chat, compare, policies, info):
+for command in (generate, chat, compare, train, policies, info):
     trimkv.add_command(command)
 
 

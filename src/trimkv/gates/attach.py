@@ -31,7 +31,7 @@ def attach(model, gates: str | Path | GateSet = "bundled"):
         ValueError: gates that cannot be read or do not fit the model; the message names both.
     """
     gates = _resolve(model, gates)
-    modules = _attention_modules(model)
+    modules = attention_modules(model)
     built = _build(model, modules, gates)
     detach_gates(model)
     handles = []
@@ -55,7 +55,7 @@ def detach_gates(model) -> None:
     for handle in getattr(model, "_trimkv_gate_handles", None) or ():
         handle.remove()
     model._trimkv_gate_handles = None
-    for module in _attention_modules(model).values():
+    for module in attention_modules(model).values():
         if getattr(module, "retention_gate", None) is not None:
             del module.retention_gate
 
@@ -66,7 +66,7 @@ def new_gates(
     """Untrained gates for a model, initialised for training on sequences of ``training_length`` tokens."""
     generator = torch.Generator().manual_seed(seed)
     layers = {}
-    for i, module in _attention_modules(model).items():
+    for i, module in attention_modules(model).items():
         gate = RetentionGate(kind, **_shape(model, module), intermediate_size=intermediate_size)
         gate.initialise(training_length, generator=generator)
         layers[i] = dict(gate.state_dict())
@@ -86,7 +86,8 @@ def _stage_log_beta(module, args, kwargs):
         layer.stage_log_beta(gate(hidden.to(gate.bias.device)))
 
 
-def _attention_modules(model) -> dict[int, torch.nn.Module]:
+def attention_modules(model) -> dict[int, torch.nn.Module]:
+    """The full-attention modules of a decoder by layer number: those that have, or could have, a gate."""
     config = model.config.get_text_config(decoder=True)
     types = getattr(config, "layer_types", None)
     return {

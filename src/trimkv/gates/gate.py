@@ -68,7 +68,8 @@ class RetentionGate(nn.Module):
             x, last = self.activation(self.gate_proj(x)) * self.up_proj(x), self.down_proj
         else:
             x, last = self.activation(self.linear1(x.to(self.linear1.weight))), self.linear2
-        z = F.linear(x.float(), last.weight.float()) + self.bias.float()
+        with torch.autocast(x.device.type, enabled=False):  # mixed-precision training would make it bf16 again
+            z = F.linear(x.float(), last.weight.float()) + self.bias.float()
         # logsigmoid(z), spelt so that a decode step's handful of numbers does not wake torch's thread pool on a CPU.
         return -F.softplus(-z).transpose(1, 2)
 

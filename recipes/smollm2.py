@@ -1,0 +1,176 @@
+"""The gates that ship for smollm2: decayed attention first, then soft eviction at drawn budgets.
+
+    python recipes/smollm2.py prepare --source DATA --output texts     # novels, GSM8K and MATH -> training texts
+    python recipes/smollm2.py train --data texts --output gates        # one GPU, about 7 minutes
+
+DATA holds novels/train.jsonl.gz (public-domain novels, records with author and text), gsm8k/train.jsonl.gz (GSM8K's
+training set) and math/math_test_minus_math500.jsonl.gz (MATH problems with solutions, none of MATH-500). Nothing that
+is measured on is read: three authors and the last 400 GSM8K problems are put aside as dev_* files, to choose settings.
+"""
+
+import argparse
+import gzip
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+from trimkv.train.config import GateConfig
+from trimkv.train.data import PackedTexts, Source
+
+HELD_OUT_AUTHORS = ("Ward", "Wcollins", "Woolf")
+ASK = (
+    "Continue the story:\n\n{}",
+    "Here is a passage from a novel.\n\n{}\n\nWhat happens next?",
+    "Please write the next part of this text.\n\n{}",
+    "{}\n\nGo on from here.",
+)
+
+
+def decay() -> GateConfig:
+    """First stage: the paper's loss, with a small budget and a strong capacity loss."""
+    return GateConfig(budget=24, capacity_weight=4.0, steps=250, batch_size=8, intermediate_size=128)
+
+
+def eviction() -> GateConfig:
+    """Second stage: the forward pass evicts, softly, at budgets of 48 to 640 tokens."""
+    return GateConfig(
+        budget=24,
+        capacity_weight=0.5,
+        stage="eviction",
+        steps=140,
+        batch_size=4,
+        learning_rate=2e-3,
+        bias_learning_rate=2e-2,
+        seed=1,
+    )
+
+
+def sources(folder: Path) -> list[Source]:
+    """What is read, with shares. Short records follow one another in one context, as long contexts are the point."""
+    return [
+        Source(folder / "novels.jsonl.gz", 0.45, max_tokens=1_500_000),
+        Source(folder / "gsm8k.jsonl.gz", 0.2, borders=False),
+        Source(folder / "math.jsonl.gz", 0.15, borders=False),
+        Source(folder / "chat.jsonl.gz", 0.2),
+    ]
+
+
+def train_both(data: Path, output: Path, model_name: str = "smollm2", first=None, second=None) -> None:
+    """Trains both stages one after the other and writes output/decay and output/eviction."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from trimkv import embedded
+    from trimkv.gates.files import load_gates
+    from trimkv.train.trainer import train
+
+    place = embedded.resolve(model_name)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = AutoTokenizer.from_pretrained(place)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype).to(device)
+    meta = {"data": "excerpts of 49 public-domain novels, GSM8K train, MATH without MATH-500, chats made of them"}
+    meta |= {"base_model": "smollm2", "base_sha256": embedded.weights_sha256()}
+    gates = None
+    for config, name in ((first or decay(), "decay"), (second or eviction(), "eviction")):
+        dataset = PackedTexts(
+            sources(data),
+            tokenizer,
+            config.context,
+            seed=config.seed,
+            samples=config.steps * config.batch_size * config.accumulation,
+        )
+        result = train(model, dataset, config, output / name, gates, meta=meta, callbacks=[_Print()])
+        history = result.pop("history")
+        print(json.dumps({"stage": name, **result, "last": history[-1]}), flush=True)
+        gates = load_gates(output / name)
+
+
+def _Print():
+    from transformers import TrainerCallback
+
+    class Print(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if state.global_step % 30 == 0 and "kl" in logs:
+                shown = {k: round(logs[k], 5) for k in ("kl", "capacity", "occupancy", "grad_norm")}
+                print(state.global_step, shown, flush=True)
+
+    return Print()
+
+
+def prepare(source: Path, output: Path) -> None:
+    """Writes novels, gsm8k, math and chat, and dev_novels and dev_gsm8k to choose settings by."""
+    draw = random.Random(0)
+    novels = list(_read(source / "novels" / "train.jsonl.gz"))
+    problems = list(_read(source / "gsm8k" / "train.jsonl.gz"))
+    maths = list(_read(source / "math" / "math_test_minus_math500.jsonl.gz"))
+    held = [novel for novel in novels if novel["author"] in HELD_OUT_AUTHORS]
+    novels = [novel for novel in novels if novel["author"] not in HELD_OUT_AUTHORS]
+    problems, held_problems = problems[:-400], problems[-400:]
+    excerpts = []
+    for novel in novels:
+        start = draw.randrange(max(1, len(novel["text"]) - 260_000))
+        excerpts.append({"text": novel["text"][start : start + 260_000]})
+    _write(output / "novels.jsonl.gz", excerpts)
+    _write(output / "dev_novels.jsonl.gz", [{"text": novel["text"][100_000:200_000]} for novel in held])
+    _write(output / "gsm8k.jsonl.gz", [{k: p[k] for k in ("question", "answer")} for p in problems])
+    _write(output / "dev_gsm8k.jsonl.gz", [{k: p[k] for k in ("question", "answer")} for p in held_problems])
+    _write(output / "math.jsonl.gz", [{k: p[k] for k in ("problem", "solution")} for p in maths])
+    turns = [(p["question"], p["answer"]) for p in draw.sample(problems, 3500)]
+    turns += [(p["problem"], p["solution"]) for p in draw.sample(maths, 1800)]
+    for novel in novels:
+        for _ in range(14):
+            size = draw.choice((600, 1500, 3000, 6000))
+            start = draw.randrange(len(novel["text"]) - size - 2000)
+            text = novel["text"][start : start + size + 1200]
+            turns.append((draw.choice(ASK).format(text[:size].strip()), text[size:].strip()))
+    draw.shuffle(turns)
+    _write(output / "chat.jsonl.gz", _conversations(turns))
+
+
+def _conversations(turns: list[tuple[str, str]], characters: int = 9000):
+    """Turns in a row until a conversation is longer than a training context."""
+    messages, length = [], 0
+    for question, answer in turns:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        length += len(question) + len(answer)
+        if length > characters:
+            yield {"messages": messages}
+            messages, length = [], 0
+
+
+def _read(path: Path):
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        yield from map(json.loads, file)
+
+
+def _write(path: Path, records) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("prepare")
+    one.add_argument("--source", type=Path, required=True)
+    two = commands.add_parser("train")
+    two.add_argument("--data", type=Path, required=True)
+    two.add_argument("--model", default="smollm2", help="alias or folder")
+    two.add_argument("--steps", type=int, nargs=2, help="of the two stages")
+    for command in (one, two):
+        command.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+    if args.command == "prepare":
+        prepare(args.source, args.output)
+        return
+    first, second = decay(), eviction()
+    if args.steps:
+        first, second = replace(first, steps=args.steps[0]), replace(second, steps=args.steps[1])
+    train_both(args.data, args.output, args.model, first, second)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Making gates: token streams, losses and the trainer."""

@@ -1,0 +1,150 @@
+"""One frozen model as teacher and student: the same weights, with and without what the gates do to attention."""
+
+import math
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+from ..attention.decay import decayed_attention
+from ..attention.register import trimkv_attention
+from ..attention.retention_sum import retention_sum
+from ..attention.soft_eviction import soft_eviction_attention
+from ..gates.attach import attention_modules
+from .config import GateConfig
+from .losses import capacity_loss, combine, distillation_losses, logits_of, occupancy
+
+# Two names: transformers makes a T x T mask for a name that has a mask function, which only hybrid models need.
+NAME, HYBRID_NAME = "trimkv_train", "trimkv_train_hybrid"
+
+
+class Student(nn.Module):
+    """Computes the loss of a batch. Only the gates have gradients.
+
+    Args:
+        model: a transformers decoder model with gates attached.
+        config: the training's numbers.
+    """
+
+    def __init__(self, model, config: GateConfig):
+        super().__init__()
+        self.project = logits_of(model)
+        self.model, self.settings = model, config
+        self.modules_with_gates = list(attention_modules(model).values())
+        if not all(hasattr(module, "retention_gate") for module in self.modules_with_gates):
+            raise ValueError(f"{type(model).__name__} has no retention gates: call trimkv.attach first")
+        model.requires_grad_(False)
+        self.hooks, self.previous_attention = [], model.config._attn_implementation
+        for module in self.modules_with_gates:
+            # fp32 masters whatever the model's dtype: steps are far smaller than bf16's grid
+            module.retention_gate.float().requires_grad_(True)
+            module.__dict__["student"] = self
+            self.hooks.append(module.register_forward_pre_hook(_take_hidden_states, with_kwargs=True))
+        AttentionInterface.register(NAME, _attention)
+        AttentionInterface.register(HYBRID_NAME, _attention)
+        AttentionMaskInterface.register(HYBRID_NAME, sdpa_mask)
+        text = model.config.get_text_config(decoder=True)
+        model.set_attn_implementation(NAME if len(self.modules_with_gates) == text.num_hidden_layers else HYBRID_NAME)
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # the other kind drops the capacity's gradient
+        self.teaching, self.start, self.log_beta = False, None, {}
+        self.budget_B, self.temperature = None, config.temperatures[0]
+        self.draws = torch.Generator()
+
+    def release(self) -> None:
+        """Gives the model back for use: gates stay on, everything that training put there goes."""
+        for hook in self.hooks:
+            hook.remove()
+        for module in self.modules_with_gates:
+            module.__dict__.pop("student", None)
+            dtype = next(p.dtype for name, p in module.named_parameters() if "retention_gate" not in name)
+            module.retention_gate.to(dtype if dtype.is_floating_point else None).requires_grad_(False)
+        self.model.gradient_checkpointing_disable()
+        self.model.set_attn_implementation(self.previous_attention)
+        self.model.eval()
+
+    def begin_step(self, step: int) -> None:
+        """Sets what depends on the step alone, so that a resumed training goes on as it would have."""
+        self.draws.manual_seed(self.settings.seed * 1_000_003 + step)
+        first, last = self.settings.temperatures
+        self.temperature = first * (last / first) ** (step / self.settings.steps)
+
+    def forward(self, input_ids, labels=None, start=None, mask=None) -> dict[str, torch.Tensor]:
+        """The loss of a batch and what it is made of.
+
+        Args:
+            input_ids, labels, start, mask: [B, T], see ``PackedTexts``.
+
+        Returns:
+            loss, one entry per base loss, capacity, and occupancy (retained mass over budget).
+        """
+        settings = self.settings
+        labels = input_ids if labels is None else labels
+        packed = start is not None and bool((start != 0).any())
+        self.start = start if packed else None
+        position = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        inputs = {"input_ids": input_ids, "position_ids": position - start if packed else position, "use_cache": False}
+        decoder = self.model.get_decoder()
+        self.teaching = True
+        with torch.no_grad():
+            teacher = decoder(**inputs).last_hidden_state
+        self.teaching, self.log_beta = False, {}
+        self.budget_B = self._draw_budgets(input_ids) if settings.stage == "eviction" else None
+        student = decoder(**inputs).last_hidden_state
+        # In layer order; a recomputation in backward writes the same values again.
+        sums = [retention_sum(self.log_beta[i], self.start) for i in sorted(self.log_beta)]
+        losses = self._distil(student, teacher, labels)
+        capacity = capacity_loss(sums, settings.budget, self.start, mask, settings.normaliser, settings.scope)
+        loss = combine(losses, capacity, settings.capacity_weight)
+        log = {**losses, "capacity": capacity, "occupancy": occupancy(sums, settings.budget, mask)}
+        return {"loss": loss, **{name: value.detach() for name, value in log.items()}}
+
+    def _draw_budgets(self, input_ids) -> torch.Tensor:
+        low, high = (math.log(budget) for budget in self.settings.budgets)
+        share = torch.rand(input_ids.shape[0], generator=self.draws)
+        return torch.exp(low + share * (high - low)).to(input_ids.device)
+
+    def _distil(self, student, teacher, labels) -> dict[str, torch.Tensor]:
+        kinds = self.settings.losses
+        if self.budget_B is None:
+            return distillation_losses(student, teacher, self.project, labels, kinds)
+        rows = []
+        for b, budget in enumerate(self.budget_B):
+            row = distillation_losses(student[b : b + 1], teacher[b : b + 1], self.project, labels[b : b + 1], kinds)
+            rows.append({name: loss * (budget / 128) ** self.settings.budget_power for name, loss in row.items()})
+        return {name: torch.stack([row[name] for row in rows]).mean() for name in kinds}
+
+    def gate_parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """(weights, output biases)."""
+        gates = [module.retention_gate for module in self.modules_with_gates]
+        weights = [p for gate in gates for name, p in gate.named_parameters() if name != "bias"]
+        return weights, [gate.bias for gate in gates]
+
+
+def _take_hidden_states(module, args, kwargs):
+    student = module.__dict__["student"]
+    if not student.teaching and not module.retention_gate.reads_keys:
+        student.log_beta[module.layer_idx] = module.retention_gate(kwargs["hidden_states"])
+
+
+def _attention(module, query, key, value, mask, dropout=0.0, scaling=None, softcap=None, s_aux=None, **kwargs):
+    """Attention of a teacher's or a student's layer; layers without gates run as they always do."""
+    student = module.__dict__.get("student")
+    if student is None:
+        return trimkv_attention(module, query, key, value, mask, dropout, scaling, softcap, s_aux, **kwargs)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if student.teaching:
+        log_beta = key.new_zeros(key.shape[:3], dtype=torch.float32)
+    elif module.retention_gate.reads_keys:
+        log_beta = student.log_beta[module.layer_idx] = module.retention_gate(key, value)
+    else:
+        log_beta = student.log_beta[module.layer_idx]
+    if student.budget_B is not None and not student.teaching:
+        if softcap is not None or s_aux is not None:
+            raise ValueError("the eviction stage does not know softcap and attention sinks; use stage decay")
+        out = soft_eviction_attention(
+            query, key, value, log_beta, scaling, student.budget_B, student.temperature, student.start
+        )
+    else:
+        out = decayed_attention(query, key, value, log_beta, scaling, student.start, softcap, s_aux)
+    return out.transpose(1, 2).contiguous(), None

@@ -1,0 +1,190 @@
+"""transformers' Trainer for gates: accelerate, DDP, accumulation, resuming and logging come with it."""
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..gates.attach import attach, new_gates
+from ..gates.files import GateSet, load_gates, save_gates
+from .config import GateConfig
+from .data import collate
+from .student import Student
+
+
+class GateTrainer(Trainer):
+    """Trains the gates of a ``Student``; checkpoints hold gates, optimizer and schedule, never the model."""
+
+    def __init__(self, student: Student, config: GateConfig, output: str | Path, dataset, meta: dict, callbacks=()):
+        self.settings, self.meta, self.sums, self.counted = config, meta, {}, 0
+        args = TrainingArguments(
+            output_dir=str(output),
+            max_steps=config.steps,
+            per_device_train_batch_size=config.batch_size,
+            gradient_accumulation_steps=config.accumulation,
+            learning_rate=config.learning_rate,
+            lr_scheduler_type="cosine_with_min_lr",
+            lr_scheduler_kwargs={"min_lr_rate": config.min_learning_rate},
+            warmup_steps=config.warmup_steps,
+            max_grad_norm=config.clip,
+            save_strategy="steps" if config.save_steps else "no",
+            save_steps=config.save_steps or 500,
+            save_total_limit=2,
+            logging_steps=1,
+            seed=config.seed,
+            remove_unused_columns=False,
+            label_names=["labels"],
+            dataloader_drop_last=True,
+            dataloader_pin_memory=torch.cuda.is_available(),
+            disable_tqdm=True,
+            report_to=list(config.report_to) or "none",
+        )
+        super().__init__(
+            model=student,
+            args=args,
+            train_dataset=dataset,
+            data_collator=collate,
+            callbacks=[_Steps(student), *callbacks],
+        )
+        self.remove_callback(PrinterCallback)
+        self.model_accepts_loss_kwargs = False  # losses are means over a batch already
+        self.history: list[dict] = []
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            settings = self.settings
+            weights, biases = self.model.gate_parameters()
+            self.optimizer = torch.optim.AdamW(
+                [
+                    {"params": weights, "lr": settings.learning_rate, "weight_decay": settings.weight_decay},
+                    {"params": biases, "lr": settings.bias_learning_rate, "weight_decay": 0.0},
+                ],
+                betas=settings.betas,
+                eps=settings.epsilon,
+            )
+        return self.optimizer
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        out = model(**inputs)
+        for name, value in out.items():
+            if name != "loss":
+                self.sums[name] = self.sums.get(name, 0.0) + value
+        self.counted += 1
+        return (out["loss"], out) if return_outputs else out["loss"]
+
+    def log(self, logs, *args, **kwargs):
+        if "loss" in logs and self.counted:
+            logs = {**logs, **{name: float(value) / self.counted for name, value in self.sums.items()}}
+            self.sums, self.counted = {}, 0
+            self.history.append({"step": self.state.global_step, **logs})
+        super().log(logs, *args, **kwargs)
+
+    def _save(self, output_dir=None, state_dict=None):
+        save_gates(self.model.model, output_dir or self.args.output_dir, **self.meta, **_provenance(self))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        _put(self.model, load_gates(resume_from_checkpoint))
+
+
+class _Steps(TrainerCallback):
+    """Tells the student which step begins."""
+
+    def __init__(self, student: Student):
+        self.student = student
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.student.begin_step(state.global_step)
+
+
+def train(
+    model,
+    dataset,
+    config: GateConfig,
+    output: str | Path,
+    gates: GateSet | None = None,
+    resume: bool = False,
+    meta: dict | None = None,
+    callbacks=(),
+) -> dict:
+    """Trains gates for a model and writes them to a folder.
+
+    Args:
+        model: a transformers decoder model, on its device. Its weights are frozen, and stay as they are.
+        dataset: samples as ``PackedTexts`` gives them.
+        config: the training's numbers.
+        output: folder for gates.safetensors, gates.json, training.json and checkpoints.
+        gates: to start from; None starts with new ones, initialised for ``config.context``.
+        resume: go on from the last checkpoint in ``output``.
+        meta: provenance for gates.json, such as the data's names.
+
+    Returns:
+        steps, tokens, seconds, tokens_per_second, final_kl, final_capacity, final_occupancy (means of the last ten
+        steps), output, history (one entry per step of this run).
+
+    Raises:
+        ValueError: nothing to resume from; gates that do not fit.
+    """
+    output = Path(output)
+    checkpoint = get_last_checkpoint(str(output)) if resume and output.is_dir() else None
+    if resume and checkpoint is None:
+        raise ValueError(f"{output}: no checkpoint to resume from")
+    if gates is None:
+        gates = new_gates(model, config.kind, config.intermediate_size, config.context, config.seed)
+    attach(model, gates)
+    student = Student(model, config)
+    trainer = GateTrainer(student, config, output, dataset, meta or {}, callbacks)
+    start = time.perf_counter()
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+        seconds = time.perf_counter() - start
+        if trainer.is_world_process_zero():
+            trainer._save(str(output))
+            config.save(output)
+    finally:
+        student.release()
+    logged = [entry for entry in trainer.state.log_history if "capacity" in entry][-10:]
+    done = len(trainer.history) * _tokens_per_step(trainer)
+    return {
+        "steps": trainer.state.global_step,
+        "tokens": trainer.state.global_step * _tokens_per_step(trainer),
+        "seconds": round(seconds, 2),
+        "tokens_per_second": round(done / seconds, 1),
+        **{f"final_{name}": _mean(entry.get(name) for entry in logged) for name in ("kl", "capacity", "occupancy")},
+        "output": str(output),
+        "history": trainer.history,
+    }
+
+
+def _mean(values) -> float | None:
+    """Of the last steps; None for a loss that was not asked for."""
+    values = [value for value in values if value is not None]
+    return sum(values) / len(values) if values else None
+
+
+def _tokens_per_step(trainer: GateTrainer) -> int:
+    settings = trainer.settings
+    return settings.batch_size * settings.accumulation * settings.context * trainer.args.world_size
+
+
+def _provenance(trainer: GateTrainer) -> dict:
+    import transformers
+
+    settings, step = trainer.settings, trainer.state.global_step
+    return {
+        "trained_budget": settings.budget,
+        "context": settings.context,
+        "steps": step,
+        "tokens": step * _tokens_per_step(trainer),
+        "seed": settings.seed,
+        "settings": asdict(settings),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+def _put(student: Student, gates: GateSet) -> None:
+    """Loads gates into a student in place, so that the optimizer keeps its parameters."""
+    for module in student.modules_with_gates:
+        module.retention_gate.load_state_dict(gates.layers[module.layer_idx])

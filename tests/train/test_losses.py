@@ -1,0 +1,207 @@
+"""Losses equal their definitions, written out densely, whatever the chunk; and only what counts counts."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import tiny
+from trimkv.train.losses import capacity_loss, combine, distillation_losses, logits_of, occupancy
+
+KINDS = ("kl", "ntp", "reverse_kl")
+E, V = 12, 31
+
+
+@pytest.mark.parametrize("name", tiny.MODELS)
+def test_projected_hidden_states_are_the_models_logits(name):
+    changes = {
+        "gemma2": {"final_logit_softcapping": 3.0},
+        "gemma3_text": {"final_logit_softcapping": 3.0},
+        "gemma4_text": {"final_logit_softcapping": 3.0},
+        "granite": {"logits_scaling": 4.0},
+        "cohere2": {"logit_scale": 0.25},
+    }
+    model, ids = tiny.build(name, **changes.get(name, {})), tiny.tokens(2, 20)
+    project = logits_of(model)
+    with torch.no_grad():
+        assert torch.allclose(project(model.get_decoder()(ids).last_hidden_state), model(ids).logits, atol=1e-5)
+
+
+def test_a_model_that_does_something_unknown_to_its_logits_is_refused():
+    model = tiny.build("llama").train()
+    model.register_forward_hook(lambda module, args, out: out.__setitem__("logits", out.logits * 2))
+    with pytest.raises(ValueError, match="LlamaForCausalLM changes its logits"):
+        logits_of(model)
+    assert model.training
+
+
+def hidden_states(B=3, T=11):
+    head = torch.nn.Linear(E, V).requires_grad_(False)
+    student = torch.randn(B, T, E, requires_grad=True)
+    labels = torch.randint(0, V, (B, T))
+    labels[torch.rand(B, T) < 0.3] = -100
+    return student, torch.randn(B, T, E), head, labels
+
+
+def dense(student, teacher, head, labels):
+    log_p, log_q = head(student).log_softmax(-1)[:, :-1], head(teacher).log_softmax(-1)[:, :-1]
+    targets, counted = labels[:, 1:], labels[:, 1:] != -100
+    losses = {
+        "kl": (log_q.exp() * (log_q - log_p)).sum(-1),
+        "ntp": F.cross_entropy(log_p.transpose(1, 2), targets, reduction="none"),
+        "reverse_kl": (log_p.exp() * (log_p - log_q)).sum(-1),
+    }
+    return {kind: loss[counted].mean() for kind, loss in losses.items()}
+
+
+@pytest.mark.parametrize("kinds", [("kl",), ("ntp",), ("reverse_kl", "kl"), KINDS])
+@pytest.mark.parametrize("chunk", [1, 4, 1024])
+def test_chunks_give_the_dense_losses_and_gradients(kinds, chunk):
+    student, teacher, head, labels = hidden_states()
+    weights = dict(zip(KINDS, (1.0, 0.5, -2.0), strict=True))
+    ours = distillation_losses(student, teacher, head, labels, kinds, chunk)
+    theirs = dense(student, teacher, head, labels)
+    assert list(ours) == list(kinds)
+    for kind in kinds:
+        assert torch.allclose(ours[kind], theirs[kind], rtol=1e-5)
+    grads = [torch.autograd.grad(sum(weights[k] * d[k] for k in kinds), student)[0] for d in (ours, theirs)]
+    assert torch.allclose(*grads, rtol=1e-4, atol=1e-7)
+
+
+def test_next_token_loss_is_that_of_the_model_itself():
+    model, ids = tiny.build("gemma2"), tiny.tokens(2, 20)
+    labels = ids.clone()
+    labels[0, :7] = -100
+    hidden = model.get_decoder()(ids).last_hidden_state
+    ours = distillation_losses(hidden, None, logits_of(model), labels, ("ntp",), chunk=5)["ntp"]
+    assert torch.allclose(ours, model(ids, labels=labels).loss, rtol=1e-5)
+
+
+def test_only_positions_before_a_label_have_gradients_and_the_last_never_does():
+    student, teacher, head, labels = hidden_states()
+    distillation_losses(student, teacher, head, labels, KINDS)["kl"].backward()
+    moved = student.grad.abs().sum(-1) > 0
+    assert torch.equal(moved[:, :-1], labels[:, 1:] != -100)
+    assert not moved[:, -1].any()
+
+
+def test_nothing_to_learn_is_a_zero_that_can_be_differentiated():
+    student, teacher, head, labels = hidden_states()
+    for empty in (torch.full_like(labels, -100), labels[:, :1]):
+        T = empty.shape[1]
+        losses = distillation_losses(student[:, :T], teacher[:, :T], head, empty, KINDS)
+        assert all(loss == 0 for loss in losses.values())
+        (grad,) = torch.autograd.grad(sum(losses.values()), student)
+        assert not grad.any()
+
+
+def test_logits_exist_only_a_chunk_at_a_time():
+    student, teacher, head, labels = hidden_states(T=50)
+    seen = []
+
+    def project(hidden):
+        seen.append(hidden.shape[0])
+        return head(hidden)
+
+    distillation_losses(student, teacher, project, labels, ("kl",), chunk=8)["kl"].backward()
+    assert max(seen) == 8 and sum(seen) == 2 * (labels[:, 1:] != -100).sum()
+
+
+def test_without_gradients_only_the_losses_are_computed():
+    student, teacher, head, labels = hidden_states()
+    expected = distillation_losses(student, teacher, head, labels)["kl"]
+    with torch.no_grad():
+        assert distillation_losses(student, teacher, head, labels)["kl"] == expected
+    assert not distillation_losses(student.detach(), teacher, head, labels)["kl"].requires_grad
+
+
+def test_accumulated_batches_share_one_count():
+    student, teacher, head, labels = hidden_states()
+    whole = distillation_losses(student, teacher, head, labels)["kl"]
+    count = (labels[:, 1:] != -100).sum()
+    parts = [
+        distillation_losses(student[b : b + 1], teacher[b : b + 1], head, labels[b : b + 1], count=count)["kl"]
+        for b in range(3)
+    ]
+    assert torch.allclose(sum(parts), whole)
+
+
+def test_half_precision_hidden_states_get_fp32_losses():
+    student, teacher, head, labels = hidden_states()
+    head.bfloat16()
+    half = student.detach().bfloat16().requires_grad_()
+    loss = distillation_losses(half, teacher.bfloat16(), head, labels)["kl"]
+    loss.backward()
+    assert loss.dtype == torch.float32 and half.grad.dtype == torch.bfloat16
+    assert torch.allclose(loss, dense(student, teacher, head.float(), labels)["kl"], rtol=0.05)
+
+
+@pytest.mark.parametrize("kinds", [("kl", "mse"), ()])
+def test_unknown_losses_are_named(kinds):
+    student, teacher, head, labels = hidden_states()
+    with pytest.raises(ValueError, match="known losses: kl, ntp, reverse_kl"):
+        distillation_losses(student, teacher, head, labels, kinds)
+
+
+def loops(sums_LBHT, budgets, start, mask, normaliser, scope):
+    """The capacity loss, number by number."""
+    L, B, H, T = sums_LBHT.shape
+    values = []
+    for b in range(B):
+        for t in (t for t in range(T) if mask[b, t]):
+            length, M = t - int(start[b, t]) + 1, float(budgets[b])
+            heads = [float(s) for s in sums_LBHT[:, b, :, t].flatten()]
+            for s in [sum(heads) / (L * H)] if scope == "global" else heads:
+                x = max(0.0, s - M)
+                if normaliser == "paper":
+                    values.append(x / length)
+                elif x > 0:
+                    values.append(x / max(1.0, length - M))
+    return sum(values) / max(1, len(values))
+
+
+@pytest.mark.parametrize("normaliser", ["paper", "released"])
+@pytest.mark.parametrize("scope", ["head", "global"])
+def test_capacity_is_what_the_loops_say(normaliser, scope):
+    L, B, H, T = 2, 3, 4, 9
+    sums = (6 * torch.rand(L, B, H, T)).requires_grad_()
+    start, mask = torch.zeros(B, T, dtype=torch.long), torch.ones(B, T, dtype=torch.bool)
+    start[1, 4:], start[2, 7], start[2, 8], mask[2, 7:] = 4, 7, 8, False
+    for budgets in (torch.full((B,), 2.0), torch.tensor([1.0, 2.5, 4.0])):
+        expected = loops(sums.detach(), budgets, start, mask, normaliser, scope)
+        arguments = {"start_BT": start, "mask_BT": mask, "normaliser": normaliser, "scope": scope}
+        loss = capacity_loss(sums, budgets, **arguments)
+        assert loss.item() == pytest.approx(expected, rel=1e-5)
+        assert torch.allclose(loss, capacity_loss(list(sums), budgets, **arguments))
+        assert torch.allclose(loss, capacity_loss(torch.cat(list(sums), 1), budgets, **arguments))
+        (grad,) = torch.autograd.grad(loss, sums)
+        assert grad.any() and not grad[:, 2, :, 7:].any()
+    assert capacity_loss(sums, 2, start, mask).item() == pytest.approx(
+        loops(sums.detach(), [2.0] * B, start, mask, "paper", "head"), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("normaliser", ["paper", "released"])
+def test_gates_within_the_budget_pay_nothing(normaliser):
+    sums = torch.rand(2, 3, 5, requires_grad=True)
+    loss = capacity_loss(sums, 1.0, normaliser=normaliser)
+    loss.backward()
+    assert loss == 0 and not sums.grad.any()
+    assert capacity_loss(sums, 0.1, mask_BT=torch.zeros(2, 5), normaliser=normaliser) == 0
+
+
+def test_heads_may_borrow_only_under_a_global_budget():
+    sums = torch.tensor([[[1.0], [7.0]]])
+    assert capacity_loss(sums, 4.0, scope="global") == 0
+    assert capacity_loss(sums, 4.0, scope="head") > 0
+
+
+def test_occupancy_is_the_share_of_the_budget_in_use():
+    sums = torch.tensor([[[2.0, 4.0, 100.0]], [[1.0, 3.0, 8.0]]])
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    assert occupancy(sums, torch.tensor([4.0, 2.0]), mask).item() == pytest.approx((0.5 + 1 + 0.5 + 1.5 + 4) / 5)
+
+
+def test_losses_are_summed_as_in_the_paper_or_averaged_as_in_the_code():
+    losses, capacity = {"kl": torch.tensor(1.0), "ntp": torch.tensor(3.0)}, torch.tensor(5.0)
+    assert combine(losses, capacity, 2.0) == 14
+    assert combine(losses, capacity, 2.0, average=True) == 12
