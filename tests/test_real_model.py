@@ -1,6 +1,7 @@
 """What random models cannot show, on the default model: equal text, sinks that matter, a bounded long prompt."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,3 +70,22 @@ def test_without_sinks_a_trained_model_breaks(smollm2):
             logits = model(ids, past_key_values=cache).logits
         loss[sinks] = torch.nn.functional.cross_entropy(logits[0, 128:-1], ids[0, 129:]).item()
     assert loss[0] > 3 * loss[4], loss
+
+
+def test_bundled_gates_beat_a_sliding_window(smollm2):
+    """The gates that ship are for this model, small enough, and better than the best policy without training."""
+    from trimkv.eval.compare import compare
+    from trimkv.gates import bundled
+
+    model, tokenizer = smollm2
+    folder = bundled()["smollm2"]
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 6e6
+    text = (Path(__file__).parent.parent / "examples" / "demo_prompt.txt").read_text()
+    ids = tokenizer(text, return_tensors="pt").input_ids[:, :640]
+    assert ids.shape[1] == 640
+    trimkv.attach(model, "bundled")
+    try:
+        rows = compare(model, ids, ["trimkv", "streaming_llm"], [128]).rows
+    finally:
+        trimkv.detach(model)
+    assert rows[0].kl < 0.6 * rows[1].kl, rows

@@ -105,3 +105,10 @@ def generate(model, ids, cache=None, new=20, mask=None, **options):
     mask = torch.ones_like(ids) if mask is None else mask
     out = model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=new, **{**GENERATE, **options})
     return out.sequences, torch.stack(out.logits, 1)
+
+
+def left_padded(pads: list[int], length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts of different lengths and their attention mask."""
+    ids = tokens(len(pads), length)
+    mask = (torch.arange(length) >= torch.tensor(pads)[:, None]).long()
+    return ids * mask, mask

@@ -40,10 +40,7 @@ def teacher_forced(model, ids, mask, continuation, budget, chunk, policy="trimkv
 def test_a_padded_row_equals_its_single_run_while_tokens_are_evicted(name):
     model = gated(name)
     pads = [7, 2, 0]
-    ids, continuation = tiny.tokens(3, 20), tiny.tokens(3, 24, seed=1)
-    mask = torch.ones_like(ids)
-    for row, pad in enumerate(pads):
-        ids[row, :pad], mask[row, :pad] = 0, 0
+    (ids, mask), continuation = tiny.left_padded(pads, 20), tiny.tokens(3, 24, seed=1)
     # A chunk boundary falls at other tokens of a padded row than of its single run, so prompts are one chunk here.
     for budget in (trimkv.Budget(12), trimkv.Budget(12, buffer=4), trimkv.Budget(12, sinks=2, recent=3)):
         batch = teacher_forced(model, ids, mask, continuation, budget, None)
@@ -60,10 +57,7 @@ def test_a_padded_batch_in_chunks(name):
     """Chunks of any size give the logits of single runs; then tokens are evicted."""
     model = gated(name)
     pads = [8, 4, 0]
-    ids, continuation = tiny.tokens(3, 20), tiny.tokens(3, 24, seed=1)
-    mask = torch.ones_like(ids)
-    for row, pad in enumerate(pads):
-        ids[row, :pad], mask[row, :pad] = 0, 0
+    (ids, mask), continuation = tiny.left_padded(pads, 20), tiny.tokens(3, 24, seed=1)
     for chunk in (1, 3, 6, 4):
         # 4 divides every pad: there, single runs have the same chunk borders and may evict during the prompt too.
         for budget in (20, 12) if chunk == 4 else (20,):
