@@ -81,13 +81,13 @@ def train_both(data: Path, output: Path, model_name: str = "smollm2", first=None
             seed=config.seed,
             samples=config.steps * config.batch_size * config.accumulation,
         )
-        result = train(model, dataset, config, output / name, gates, meta=meta, callbacks=[_Print()])
+        result = train(model, dataset, config, output / name, gates, meta=meta, callbacks=[_printer()])
         history = result.pop("history")
         print(json.dumps({"stage": name, **result, "last": history[-1]}), flush=True)
         gates = load_gates(output / name)
 
 
-def _Print():
+def _printer():
     from transformers import TrainerCallback
 
     class Print(TrainerCallback):

@@ -104,12 +104,12 @@ def _read_jsonl(path: Path) -> Iterator[Text]:
             raise ValueError(f"{where}: not valid JSON (nested too deeply)") from None
         if not isinstance(record, dict):
             raise ValueError(f"{where}: expected a JSON object with {FIELDS}")
-        text, messages = _content(record, where)
+        text, messages = record_content(record, where)
         if messages or text.strip():
             yield Text(text, messages, str(path), number)
 
 
-def _content(record: dict, where: str) -> tuple[str | None, tuple[dict, ...] | None]:
+def record_content(record: dict, where: str) -> tuple[str | None, tuple[dict, ...] | None]:
     if "text" in record:
         return _string(record["text"], f"{where}: field text"), None
     if "messages" in record:
@@ -174,7 +174,7 @@ class _Packer:
     def blocks(self, text: Text) -> Iterator[list[int]]:
         """Blocks of ``length`` tokens, the last one shorter; tokenised piece by piece, without a first mark."""
         held, first = [], True
-        for piece in _pieces(self._render(text), max(4096, 4 * self.length)):
+        for piece in cut_text(self._render(text), max(4096, 4 * self.length)):
             ids = self._encode(piece)
             if first and self.start and ids[:1] == self.start:  # a template that writes the mark itself
                 ids = ids[1:]
@@ -246,7 +246,7 @@ def _take(items: Iterator, limit: int | None) -> Iterator:
             return
 
 
-def _pieces(text: str, size: int) -> Iterator[str]:
+def cut_text(text: str, size: int) -> Iterator[str]:
     """Cuts of about ``size`` characters, before white space where there is some, so that no word is cut in two."""
     start = 0
     while start < len(text):

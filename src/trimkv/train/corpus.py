@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..texts import SEPARATOR, Text, _pieces
+from ..texts import SEPARATOR, Text, cut_text
 from .chat import chat_tokens
 
 PIECE = 16_384  # characters tokenised at a time
@@ -68,7 +68,7 @@ def _cut(text: Text) -> Iterator[str | Text]:
     if text.messages is not None:
         yield text
     else:
-        yield from _pieces(text.text, PIECE)
+        yield from cut_text(text.text, PIECE)
 
 
 def _encode(tokenizer, piece: str | Text, response_only: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..texts import SUFFIXES, Text, _content
+from ..texts import SUFFIXES, Text, record_content
 
 PATTERN = re.compile(
     r"(?P<name>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(@(?P<revision>[^:]+))?(:(?P<split>[^:]+))?(:(?P<field>[^:]+))?"
@@ -56,6 +56,6 @@ def _texts(records, source: str, field: str | None) -> Iterator[Text]:
             if field not in record:
                 raise ValueError(f"{where}: no field {field}; there are {', '.join(record)}")
             record = {"text" if isinstance(record[field], str) else "messages": record[field]}
-        text, messages = _content(record, where)
+        text, messages = record_content(record, where)
         if messages or text.strip():
             yield Text(text, messages, source, number)
