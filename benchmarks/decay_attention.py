@@ -1,4 +1,6 @@
-"""Decayed attention on a GPU against torch's flash attention, which has no decay, at the same shapes in one process.
+"""Decayed attention on a GPU against torch's flash attention, which has no decay, and FlexAttention, which can have it.
+
+Same shapes, same process. Retention sums of a whole model beside the attention of a whole training step.
 
     python benchmarks/decay_attention.py       # about a minute on an H100, most of it compiling
 
@@ -16,6 +18,7 @@ from record import save
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trimkv.attention.decay import decayed_attention
+from trimkv.attention.retention_sum import retention_sum
 
 SHAPES = {  # rows, tokens, query heads, KV heads, head dim
     "long": (1, 16384, 32, 8, 128),
@@ -102,6 +105,49 @@ def measure(shape, repeat: int) -> dict:
     return result
 
 
+def flex(shape, repeat: int) -> dict:
+    """FlexAttention with the decay as score_mod, all four gradients: torch's own way to the same result."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    B, T, Q, H, D = shape
+    tensors, _, dout = inputs(*shape)
+    q, k, v, log_beta = tensors
+    block_mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T, device="cuda")
+    compiled = torch.compile(flex_attention)
+
+    def attend():
+        def decayed(score, b, h, i, j):
+            return score + (i - j) * log_beta[b, h // (Q // H), j]
+
+        return compiled(q, k, v, score_mod=decayed, block_mask=block_mask, scale=D**-0.5, enable_gqa=True)
+
+    with torch.no_grad():
+        ours, theirs = decayed_attention(*tensors, D**-0.5), attend()
+    error = ((ours.float() - theirs.float()).norm() / theirs.float().norm()).item()
+    return {"relative_difference_to_decay": error, **timed(attend, tensors, dout, repeat)}
+
+
+def sums(layers: int = 36) -> dict:
+    """Retention sums of ``layers`` layers, forward and backward, against the attention of a step with checkpointing:
+    teacher, student and recomputation forward, one backward."""
+    B, T, Q, H, D = SHAPES["long"]
+    tensors, _, dout = inputs(B, T, Q, H, D)
+    attention = timed(lambda: decayed_attention(*tensors, D**-0.5), tensors, dout, 5)
+    log_beta = F.logsigmoid(torch.randn(B, layers * H, T, device="cuda") + 6).requires_grad_()
+    weight = torch.randn_like(log_beta)
+    took = timed(lambda: retention_sum(log_beta), (log_beta,), weight, 5)
+    step = layers * (2 * attention["forward_ms"] + attention["forward_backward_ms"])
+    share = took["forward_backward_ms"] / step
+    return {
+        "layers": layers,
+        "kv_heads": H,
+        "tokens": T,
+        **took,
+        "attention_ms": round(step, 1),
+        "share": round(share, 3),
+    }
+
+
 def growth() -> dict:
     """Memory that forward + backward take above the inputs, and milliseconds, at the long shape's heads."""
     found = {}
@@ -129,7 +175,8 @@ def main():
         sys.exit("this measures GPU kernels: no CUDA device found")
     torch.manual_seed(0)
     result = {name: measure(shape, args.repeat) for name, shape in SHAPES.items()}
-    save("decay_attention", {**result, "growth": growth()})
+    result["long"]["flex_attention"] = flex(SHAPES["long"], 5)
+    save("decay_attention", {**result, "retention_sums": sums(), "growth": growth()})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The gates that ship for smollm2: decayed attention first, then soft eviction at drawn budgets.
 
     python recipes/smollm2.py prepare --source DATA --output texts     # novels, GSM8K and MATH -> training texts
-    python recipes/smollm2.py train --data texts --output gates        # one GPU, about 7 minutes
+    python recipes/smollm2.py answer --data texts                      # the model answers prompts made of them
+    python recipes/smollm2.py train --data texts --output gates        # both on one GPU: 8 minutes
 
 DATA holds novels/train.jsonl.gz (public-domain novels, records with author and text), gsm8k/train.jsonl.gz (GSM8K's
 training set) and math/math_test_minus_math500.jsonl.gz (MATH problems with solutions, none of MATH-500). Nothing that
@@ -19,6 +20,7 @@ from trimkv.train.config import GateConfig
 from trimkv.train.data import PackedTexts, Source
 
 HELD_OUT_AUTHORS = ("Ward", "Wcollins", "Woolf")
+SHARED = {"batch_size": 8, "intermediate_size": 160, "checkpointing": False, "cuda_graph": True, "compile": True}
 ASK = (
     "Continue the story:\n\n{}",
     "Here is a passage from a novel.\n\n{}\n\nWhat happens next?",
@@ -27,9 +29,28 @@ ASK = (
 )
 
 
+TASKS = (
+    "Summarize the following text in a few sentences.\n\n{}",
+    "{}\n\nSummarize this in three sentences.",
+    "What is this passage about?\n\n{}",
+    "Read the passage and list its main events.\n\n{}",
+    "{}\n\nWho are the people in this passage, and what do they want?",
+    "Continue this story with one more paragraph.\n\n{}",
+    "Rewrite the following text in simple modern English.\n\n{}",
+    "Write a short and polite letter that answers this one.\n\n{}",
+    "Give this passage a title and explain your choice.\n\n{}",
+    "{}\n\nWhere does this happen, and when? Explain how you know.",
+    "I am reading this passage and need some advice: what should the people in it do next?\n\n{}",
+    "Write five questions that a teacher could ask about this text.\n\n{}",
+    "Turn the following passage into a short dialogue.\n\n{}",
+    "{}\n\nWhat is the mood of this text? Answer in one paragraph.",
+    "Please write a short email to a friend about what happens here.\n\n{}",
+)
+
+
 def decay() -> GateConfig:
     """First stage: the paper's loss, with a small budget and a strong capacity loss."""
-    return GateConfig(budget=24, capacity_weight=4.0, steps=250, batch_size=8, intermediate_size=128)
+    return GateConfig(budget=24, capacity_weight=4.0, steps=300, **SHARED)
 
 
 def eviction() -> GateConfig:
@@ -38,21 +59,23 @@ def eviction() -> GateConfig:
         budget=24,
         capacity_weight=0.5,
         stage="eviction",
-        steps=140,
-        batch_size=4,
+        steps=1400,
         learning_rate=2e-3,
         bias_learning_rate=2e-2,
+        temperatures=(0.4, 0.03),
         seed=1,
+        **SHARED,
     )
 
 
 def sources(folder: Path) -> list[Source]:
     """What is read, with shares. Short records follow one another in one context, as long contexts are the point."""
     return [
-        Source(folder / "novels.jsonl.gz", 0.45, max_tokens=1_500_000),
-        Source(folder / "gsm8k.jsonl.gz", 0.2, borders=False),
-        Source(folder / "math.jsonl.gz", 0.15, borders=False),
-        Source(folder / "chat.jsonl.gz", 0.2),
+        Source(folder / "novels.jsonl.gz", 0.4),
+        Source(folder / "gsm8k.jsonl.gz", 0.15, borders=False),
+        Source(folder / "math.jsonl.gz", 0.1, borders=False),
+        Source(folder / "chat.jsonl.gz", 0.15),
+        Source(folder / "answers.jsonl.gz", 0.2),
     ]
 
 
@@ -70,8 +93,10 @@ def train_both(data: Path, output: Path, model_name: str = "smollm2", first=None
     tokenizer = AutoTokenizer.from_pretrained(place)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype).to(device)
-    meta = {"data": "excerpts of 49 public-domain novels, GSM8K train, MATH without MATH-500, chats made of them"}
+    texts = "49 public-domain novels, GSM8K train, MATH without MATH-500, chats made of them, the model's own answers"
+    meta = {"data": texts}
     meta |= {"base_model": "smollm2", "base_sha256": embedded.weights_sha256()}
+    torch.set_float32_matmul_precision("high")  # the gates are fp32
     gates = None
     for config, name in ((first or decay(), "decay"), (second or eviction(), "eviction")):
         dataset = PackedTexts(
@@ -100,7 +125,7 @@ def _printer():
 
 
 def prepare(source: Path, output: Path) -> None:
-    """Writes novels, gsm8k, math and chat, and dev_novels and dev_gsm8k to choose settings by."""
+    """Writes novels, gsm8k, math, chat and prompts, and dev_novels and dev_gsm8k to choose settings by."""
     draw = random.Random(0)
     novels = list(_read(source / "novels" / "train.jsonl.gz"))
     problems = list(_read(source / "gsm8k" / "train.jsonl.gz"))
@@ -110,8 +135,8 @@ def prepare(source: Path, output: Path) -> None:
     problems, held_problems = problems[:-400], problems[-400:]
     excerpts = []
     for novel in novels:
-        start = draw.randrange(max(1, len(novel["text"]) - 260_000))
-        excerpts.append({"text": novel["text"][start : start + 260_000]})
+        start = draw.randrange(max(1, len(novel["text"]) - 400_000))
+        excerpts.append({"text": novel["text"][start : start + 400_000]})
     _write(output / "novels.jsonl.gz", excerpts)
     _write(output / "dev_novels.jsonl.gz", [{"text": novel["text"][100_000:200_000]} for novel in held])
     _write(output / "gsm8k.jsonl.gz", [{k: p[k] for k in ("question", "answer")} for p in problems])
@@ -127,6 +152,42 @@ def prepare(source: Path, output: Path) -> None:
             turns.append((draw.choice(ASK).format(text[:size].strip()), text[size:].strip()))
     draw.shuffle(turns)
     _write(output / "chat.jsonl.gz", _conversations(turns))
+    prompts = [{"prompt": p["question"]} for p in draw.sample(problems, 160)]
+    for novel in novels:
+        for _ in range(30):
+            size = draw.choice((600, 1000, 1500, 2500, 4000))
+            start = draw.randrange(len(novel["text"]) - size)
+            prompts.append({"prompt": draw.choice(TASKS).format(novel["text"][start : start + size].strip())})
+    _write(output / "prompts.jsonl.gz", prompts)
+
+
+def answer(data: Path, model_name: str = "smollm2", batch_size: int = 128, new_tokens: int = 200) -> None:
+    """Writes answers.jsonl.gz: the prompts of prompts.jsonl.gz with sampled answers of the model itself, so that gates
+    see the texts that they will work on."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from trimkv import embedded
+
+    place = embedded.resolve(model_name)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = AutoTokenizer.from_pretrained(place, padding_side="left")
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype).to(device)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    prompts = sorted((record["prompt"] for record in _read(data / "prompts.jsonl.gz")), key=len)
+    torch.manual_seed(0)
+    turns = []
+    for start in range(0, len(prompts), batch_size):
+        some = [[{"role": "user", "content": prompt}] for prompt in prompts[start : start + batch_size]]
+        inputs = tokenizer.apply_chat_template(
+            some, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+        ).to(device)
+        out = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=True, temperature=0.7, top_p=0.95, top_k=0)
+        texts = tokenizer.batch_decode(out[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+        turns += [(turn[0]["content"], text.strip()) for turn, text in zip(some, texts, strict=True) if text.strip()]
+    random.Random(0).shuffle(turns)
+    _write(data / "answers.jsonl.gz", _conversations(turns, characters=5000))
 
 
 def _conversations(turns: list[tuple[str, str]], characters: int = 9000):
@@ -156,15 +217,20 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("prepare")
     one.add_argument("--source", type=Path, required=True)
+    three = commands.add_parser("answer")
     two = commands.add_parser("train")
-    two.add_argument("--data", type=Path, required=True)
-    two.add_argument("--model", default="smollm2", help="alias or folder")
+    for command in (two, three):
+        command.add_argument("--data", type=Path, required=True)
+        command.add_argument("--model", default="smollm2", help="alias or folder")
     two.add_argument("--steps", type=int, nargs=2, help="of the two stages")
     for command in (one, two):
         command.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     if args.command == "prepare":
         prepare(args.source, args.output)
+        return
+    if args.command == "answer":
+        answer(args.data, args.model)
         return
     first, second = decay(), eviction()
     if args.steps:

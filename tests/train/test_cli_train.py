@@ -1,8 +1,13 @@
 """``trimkv train`` as a person or a script meets it."""
 
+import importlib.util
 import json
+import shutil
+import sys
+from pathlib import Path
 
 import pytest
+import torch
 
 import trimkv
 from tiny_text import save_model
@@ -25,11 +30,11 @@ def trim(capsys, *arguments):
 def test_two_stages_give_gates_that_generate_with(capsys, folder, tmp_path):
     text = tmp_path / "a.txt"
     text.write_text("A fox ran over the hill and a hen ran after it. " * 60)
-    common = ("--model", folder, "--data", text, "--context", 48, "--batch-size", 2, "--steps", 3, "--json")
+    common = ("--model", folder, "--data", text, "--context", 64, "--batch-size", 2, "--steps", 3, "--json")
     code, out, err = trim(capsys, "train", *common, "--output", tmp_path / "one", "--save-steps", 2)
     assert code == 0, err
     found = json.loads(out.splitlines()[-1])
-    assert set(found) == KEYS and found["steps"] == 3 and found["tokens"] == 3 * 2 * 48
+    assert set(found) == KEYS and found["steps"] == 3 and found["tokens"] == 3 * 2 * 64
     assert json.loads((tmp_path / "one" / "gates.json").read_text())["data"] == "a.txt"
     code, out, err = trim(capsys, "train", *common, "--output", tmp_path / "one", "--save-steps", 2, "--resume")
     assert code == 0, err
@@ -47,6 +52,8 @@ def test_two_stages_give_gates_that_generate_with(capsys, folder, tmp_path):
 def test_what_can_be_mended_is_one_line_and_writes_nothing(capsys, folder, tmp_path):
     text, out_folder = tmp_path / "a.txt", tmp_path / "out"
     text.write_text("short")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "blank.jsonl").write_text("\n\n")
     common = ("train", "--model", folder, "--output", out_folder)
     for arguments, message in (
         ((), "no data"),
@@ -56,7 +63,158 @@ def test_what_can_be_mended_is_one_line_and_writes_nothing(capsys, folder, tmp_p
         (("--data", text, "--stage", "eviction"), "--gates"),
         (("--data", text, "--gates", tmp_path / "nowhere", "--steps", 1), "nowhere"),
         (("--data", text, "--output", text), "a file"),
+        (("--data", text, "--output", text / "gates"), "cannot be written"),
+        (("--data", tmp_path / "empty.txt"), "empty.txt: the file is empty"),
+        (("--data", tmp_path / "blank.jsonl"), "blank.jsonl: the file is empty"),
+        (("--data", text, "--context", 64, "--budget", 64), "budget of 64 is never exceeded"),
+        (("--data", text, "--context", 64, "--budget", 1000), "budget of 1000 is never exceeded"),
+        (("--data", text, "--resume"), "no checkpoint to resume"),
+        (("--data", text, "--report-to", "paper"), "known are tensorboard, wandb"),
     ):
         code, _, err = trim(capsys, *common, *arguments)
         assert code == 2 and message in err and len(err.strip().splitlines()) == 1, (arguments, err)
         assert not out_folder.exists()
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("A fox ran over the hill and a hen ran after it. " * 60)
+    return path
+
+
+def settings(folder, text, output, *more):
+    common = ("--model", folder, "--data", text, "--output", output, "--context", 64, "--budget", 8, "--json")
+    return ("train", *common, "--batch-size", 1, "--steps", 4, "--intermediate-size", 8, *more)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "mamba"])
+def test_a_model_without_supported_layers(architecture, capsys, text, tmp_path):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from tiny_text import VOCABULARY, byte_tokenizer
+
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2} if architecture == "gpt2" else {"hidden_size": 32}
+    sizes |= {"num_hidden_layers": 1} if architecture == "mamba" else {}
+    config = AutoConfig.for_model(architecture, vocab_size=VOCABULARY, **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "other")
+    byte_tokenizer().save_pretrained(tmp_path / "other")
+    code, _, err = trim(capsys, *settings(tmp_path / "other", text, tmp_path / "out"))
+    assert code == 2 and len(err.strip().splitlines()) == 1, err
+    assert "no full-attention layers" in err and not (tmp_path / "out").exists()
+
+
+def test_a_report_needs_its_package(capsys, folder, text, tmp_path, monkeypatch):
+    there = importlib.util.find_spec
+
+    def find_spec(name, *more):
+        return None if name in ("tensorboard", "tensorboardX", "wandb") else there(name, *more)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+    for name in ("tensorboard", "wandb"):
+        code, _, err = trim(capsys, *settings(folder, text, tmp_path / "out", "--report-to", name))
+        assert code == 2 and f"pip install {name}" in err and len(err.strip().splitlines()) == 1
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_report_gets_the_curves(capsys, folder, text, tmp_path):
+    if not any(importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX")):
+        pytest.skip("tensorboard is not installed")
+    code, _, err = trim(capsys, *settings(folder, text, tmp_path / "out", "--report-to", "tensorboard"))
+    assert code == 0, err
+    (events,) = (tmp_path / "out").rglob("events.out.tfevents.*")
+    written = events.read_bytes()
+    assert b"train/kl" in written and b"train/capacity" in written
+
+
+def test_resuming_with_another_model_or_other_gates(capsys, folder, text, tmp_path):
+    out = tmp_path / "out"
+    assert trim(capsys, *settings(folder, text, out, "--save-steps", 2))[0] == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    other = save_model(tmp_path / "wide", hidden_size=32)
+    twin = shutil.copytree(folder, tmp_path / "twin")
+    for model, more, message in (
+        (other, (), "tiny, not of"),
+        (twin, (), "tiny, not of"),
+        (folder, ("--intermediate-size", 16), "gates rg of size 8"),
+        (folder, ("--kind", "rg3"), "gates rg of size 8"),
+    ):
+        code, _, err = trim(capsys, *settings(model, text, out, "--resume", "--save-steps", 2), *more)
+        assert code == 2 and message in err and len(err.strip().splitlines()) == 1, err
+    moved = tmp_path / "elsewhere" / "tiny"  # the same name with other sizes
+    save_model(moved, hidden_size=32)
+    code, _, err = trim(capsys, *settings(moved, text, out, "--resume", "--save-steps", 2))
+    assert code == 2 and len(err.strip().splitlines()) == 1, err
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("broken", ["optimizer", "gates", "state"])
+def test_a_full_disk_loses_no_earlier_checkpoint(broken, capsys, folder, text, tmp_path, monkeypatch):
+    """The second checkpoint fails half way; what was saved stays, and the training goes on from it."""
+    import safetensors.torch
+    from transformers import TrainerState
+
+    whole = tmp_path / "whole"
+    assert trim(capsys, *settings(folder, text, whole, "--save-steps", 2))[0] == 0
+    expect = trim(capsys, *settings(folder, text, whole, "--save-steps", 2, "--resume"))[1]
+
+    def full(function, position):
+        def write(*arguments, **options):
+            path = Path(arguments[position])
+            if "checkpoint-4" in path.parts[-2]:
+                path.write_bytes(b"half of it")
+                raise OSError(28, "No space left on device")
+            return function(*arguments, **options)
+
+        return write
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        if broken == "optimizer":
+            patch.setattr(torch, "save", full(torch.save, 1))
+        elif broken == "gates":
+            patch.setattr(safetensors.torch, "save_file", full(safetensors.torch.save_file, 1))
+        else:
+            patch.setattr(TrainerState, "save_to_json", full(TrainerState.save_to_json, 1))
+        code, _, err = trim(capsys, *settings(folder, text, out, "--save-steps", 2))
+    assert code == 2 and "No space left" in err and len(err.strip().splitlines()) == 1, err
+    assert {path.name for path in out.iterdir()} == {"checkpoint-2"}
+    code, printed, err = trim(capsys, *settings(folder, text, out, "--save-steps", 2, "--resume"))
+    assert code == 0, err
+    final = [json.loads(text.splitlines()[-1])["final_kl"] for text in (printed, expect)]
+    assert final[0] == pytest.approx(final[1], rel=1e-5)
+
+
+def test_a_full_disk_at_the_end_leaves_the_gates_that_were_there(capsys, folder, text, tmp_path, monkeypatch):
+    import safetensors.torch
+
+    out = tmp_path / "out"
+    assert trim(capsys, *settings(folder, text, out))[0] == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def full(tensors, path, **options):
+        Path(path).write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    code, _, err = trim(capsys, *settings(folder, text, out, "--learning-rate", 0.1))
+    assert code == 2 and "No space left" in err and len(err.strip().splitlines()) == 1, err
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_checkpoint_that_a_crash_cut_off_is_passed_over(capsys, folder, text, tmp_path):
+    out = tmp_path / "out"
+    assert trim(capsys, *settings(folder, text, out, "--save-steps", 2))[0] == 0
+    (out / "checkpoint-4" / "trainer_state.json").write_text('{"global_st')
+    code, printed, err = trim(capsys, *settings(folder, text, out, "--save-steps", 2, "--resume"))
+    assert code == 0, err
+    assert json.loads(printed.splitlines()[-1])["steps"] == 4
+
+
+def test_python_dash_m_is_the_command(monkeypatch, capsys):
+    import runpy
+
+    monkeypatch.setattr(sys, "argv", ["trimkv", "--version"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("trimkv", run_name="__main__")
+    assert end.value.code == 0 and capsys.readouterr().out.startswith("trimkv ")

@@ -1,5 +1,9 @@
 """Losses equal their definitions, written out densely, whatever the chunk; and only what counts counts."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -205,3 +209,48 @@ def test_losses_are_summed_as_in_the_paper_or_averaged_as_in_the_code():
     losses, capacity = {"kl": torch.tensor(1.0), "ntp": torch.tensor(3.0)}, torch.tensor(5.0)
     assert combine(losses, capacity, 2.0) == 14
     assert combine(losses, capacity, 2.0, average=True) == 12
+
+
+@pytest.mark.parametrize("kind", ["kl", "ntp"])
+def test_the_fused_kernel_gives_the_loss_and_its_gradient(kind, monkeypatch):
+    """Interpreted; two documents of logits wider than a block, with a masked part of the vocabulary."""
+    pytest.importorskip("triton")
+    script = (
+        "import torch\n"
+        "from trimkv.train import losses, losses_triton\n"
+        "torch.manual_seed(0)\n"
+        "for N, V in ((5, 100), (3, 9000)):\n"
+        "    student, teacher = torch.randn(N, V) * 4, torch.randn(N, V) * 4\n"
+        "    targets, weight = torch.randint(0, V, (N,)), torch.rand(N)\n"
+        "    leaf = student.clone().requires_grad_()\n"
+        f"    expect = losses._loss({kind!r}, leaf, teacher, targets)\n"
+        "    (expect @ weight).backward()\n"
+        "    ours = [torch.cat([t, torch.full((N, 7), -torch.inf)], 1) for t in (student, teacher)]\n"
+        f"    loss, gradient = losses_triton.loss_and_gradient({kind!r}, *ours, targets, weight)\n"
+        "    torch.testing.assert_close(loss, expect.detach(), atol=1e-4, rtol=1e-4)\n"
+        "    torch.testing.assert_close(gradient[:, :V], leaf.grad, atol=1e-5, rtol=1e-4)\n"
+        "    assert (gradient[:, V:] == 0).all()\n"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_rows_weigh_what_they_are_given_and_static_work_changes_nothing():
+    student, teacher, head, labels = hidden_states()
+    weight = torch.tensor([2.0, 0.5, 1.0])
+    whole = distillation_losses(student, teacher, head, labels, KINDS, weight_B=weight)
+    static = distillation_losses(student, teacher, head, labels, KINDS, weight_B=weight, static=True)
+    count = (labels[:, 1:] != -100).sum()
+    for kind in KINDS:
+        rows = [
+            distillation_losses(student[b : b + 1], teacher[b : b + 1], head, labels[b : b + 1], (kind,), count=count)[
+                kind
+            ]
+            for b in range(labels.shape[0])
+        ]
+        expect = sum(w * row for w, row in zip(weight, rows, strict=True))
+        torch.testing.assert_close(whole[kind], expect)
+        torch.testing.assert_close(static[kind], expect)

@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
-    shared = SimpleNamespace(debug=False)
+    shared = SimpleNamespace(debug=False, arguments=sys.argv[1:] if arguments is None else arguments)
     try:
         code = trimkv.main(arguments, prog_name="trimkv", standalone_mode=False, obj=shared)
         sys.stdout.flush()

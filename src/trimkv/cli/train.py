@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from .errors import UserError, mendable
 from .options import model_options, output_options
 
 LOSSES = ("kl", "ntp", "reverse_kl")
+REPORTERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}  # name -> packages, one of them
 
 
 @click.command(short_help="Train retention gates for a model.")
@@ -43,35 +45,25 @@ LOSSES = ("kl", "ntp", "reverse_kl")
     "--save-steps", type=click.IntRange(min=0), default=0, show_default=True, help="Checkpoint every N steps."
 )
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint in --output.")
+@click.option("--report-to", metavar="NAME,...", help=f"Where curves go, too: {', '.join(REPORTERS)}.")
 @model_options
 @output_options
 def train(**options):
     """Train retention gates; the model itself stays as it is.
 
     The gates learn to keep the model's predictions while attention decays as they say (stage decay), or while the
-    least retained tokens are evicted (stage eviction).
+    least retained tokens are evicted (stage eviction). Several GPUs: torchrun --nproc-per-node N -m trimkv train ...
     """
+    from ..train import processes
+
     o = SimpleNamespace(**options)
     if importlib.util.find_spec("accelerate") is None:
         raise UserError("training needs accelerate: pip install 'trimkv[train]'")
-    data = [*o.data, *o.more_data]
-    files = [name for name in data if Path(name).suffix in (".txt", ".jsonl", ".gz")]
-    if not data:
-        raise UserError("no data: give --data FILE")
-    if files:
-        _check_texts(files)
-    if Path(o.output).exists() and not Path(o.output).is_dir():
-        raise UserError(f"--output {o.output}: a file, but gates need a folder")
-    loading.check_model_name(o.model)
-    loading.import_torch()
-    start = _first_gates(o)
-    with mendable():
-        config = _config(o)
-    device = loading.pick_device(o.device)
-    dtype = loading.pick_dtype(o.dtype, device)
-    tokenizer = loading.load_tokenizer(o.model)
-    model = loading.load_model(o.model, device, dtype)
-    result = _train(model, tokenizer, config, start, data, o)
+    with _silence() if processes.number() else contextlib.nullcontext():
+        result = _run(o)
+        processes.leave()
+    if processes.number():
+        return
     result.pop("history")
     if o.as_json:
         show.emit(result)
@@ -79,6 +71,60 @@ def train(**options):
         click.echo(f"{result['steps']} steps, {result['tokens']:,} tokens in {result['seconds']:.0f} s")
         kl = "" if result["final_kl"] is None else f"KL {result['final_kl']:.4f}, "
         click.echo(f"{kl}retained {result['final_occupancy']:.2f} x the budget -> {result['output']}")
+
+
+def _run(o: SimpleNamespace) -> dict:
+    from ..train import processes
+
+    data = [*o.data, *o.more_data]
+    files = [name for name in data if Path(name).suffix in (".txt", ".jsonl", ".gz")]
+    if not data:
+        raise UserError("no data: give --data FILE")
+    if files:
+        _check_texts(files)
+    _check_folder(Path(o.output))
+    if o.resume and not any(Path(o.output).glob("checkpoint-*")):
+        raise UserError(f"--resume: no checkpoint to resume from in {o.output}")
+    reporters = _reporters(o.report_to)
+    loading.check_model_name(o.model)
+    loading.import_torch()
+    start = _first_gates(o)
+    with mendable():
+        config = _config(o, reporters)
+    device = loading.pick_device(o.device)
+    if device == "cuda":
+        with mendable():
+            processes.take_gpu()
+    dtype = loading.pick_dtype(o.dtype, device)
+    tokenizer = loading.load_tokenizer(o.model)
+    model = loading.load_model(o.model, device, dtype)
+    return _train(model, tokenizer, config, start, data, o)
+
+
+@contextlib.contextmanager
+def _silence():
+    """Processes but the first say nothing, unless they fail."""
+    with open(os.devnull, "w") as nowhere:
+        with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            yield
+
+
+def _check_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output {folder}: a file, but gates need a folder")
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"--output {folder}: cannot be written there")
+
+
+def _reporters(text: str | None) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(name.strip() for name in (text or "").split(",") if name.strip()))
+    for name in names:
+        if name not in REPORTERS:
+            raise UserError(f"--report-to {name}: known are {', '.join(REPORTERS)}")
+        if not any(importlib.util.find_spec(package) for package in REPORTERS[name]):
+            raise UserError(f"--report-to {name} needs a package: pip install {REPORTERS[name][0]}")
+    return names
 
 
 def _first_gates(o: SimpleNamespace):
@@ -94,7 +140,7 @@ def _first_gates(o: SimpleNamespace):
         return load_gates(Path(o.gates).expanduser() if Path(o.gates).expanduser().exists() else o.gates)
 
 
-def _config(o: SimpleNamespace):
+def _config(o: SimpleNamespace, reporters: tuple[str, ...]):
     from ..train.config import GateConfig
 
     losses = tuple(name.strip() for name in o.losses.split(",") if name.strip())
@@ -102,11 +148,13 @@ def _config(o: SimpleNamespace):
         raise UserError(f"--losses {o.losses}: known losses are {', '.join(LOSSES)}")
     names = ("budget", "context", "steps", "batch_size", "accumulation", "stage", "capacity_weight", "learning_rate")
     names += ("bias_learning_rate", "kind", "intermediate_size", "seed", "save_steps")
-    return GateConfig(losses=losses, **{name: getattr(o, name) for name in names})
+    return GateConfig(losses=losses, report_to=reporters, **{name: getattr(o, name) for name in names})
 
 
 def _train(model, tokenizer, config, gates, data: list[str], o: SimpleNamespace) -> dict:
+    from ..train import processes
     from ..train.data import PackedTexts, Source
+    from ..train.trainer import SaveError
     from ..train.trainer import train as run
 
     dataset = PackedTexts(
@@ -115,9 +163,9 @@ def _train(model, tokenizer, config, gates, data: list[str], o: SimpleNamespace)
         config.context,
         seed=config.seed,
         response_only=o.response_only,
-        samples=config.steps * config.batch_size * config.accumulation,
+        samples=config.steps * config.batch_size * config.accumulation * processes.count(),
     )
-    with loading.quiet(), mendable():
+    with loading.quiet(), mendable((ValueError, SaveError)):
         with loading.status("reading the data"):
             dataset[0]
         meta = {"data": ", ".join(Path(name).name for name in data), "base_model": o.model}

@@ -83,8 +83,15 @@ def save_gates(gates, folder: str | Path, **meta) -> Path:
         for name, t in parameters.items()
     }
     meta = {"intermediate_size": gates.intermediate_size, **gates.meta, **meta}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / META).write_text(json.dumps(meta, indent=2, sort_keys=True) + "\n")
+    halves = {name: folder / f"{name}.part" for name in (WEIGHTS, META)}  # what was there stays until all is written
+    try:
+        save_file(tensors, halves[WEIGHTS], metadata={"format": "pt"})
+        halves[META].write_text(json.dumps(meta, indent=2, sort_keys=True) + "\n")
+        for name, half in halves.items():
+            half.replace(folder / name)
+    finally:
+        for half in halves.values():
+            half.unlink(missing_ok=True)
     return folder
 
 

@@ -34,6 +34,11 @@ class GateConfig:
         temperatures: width of its cut, in nats of worth, at the first and at the last step.
         budget_power: its rows weigh (budget / 128) ** budget_power, because the loss at a large budget is small.
         seed: of new gates, of drawn budgets and of the data's order.
+        checkpointing: recompute activations in the backward pass. Saves memory, costs a third of the speed.
+        cuda_graph: replay the whole step as one CUDA graph: for small models, whose kernels are shorter than their
+            launches. Positions without a label cost as much as others then.
+        compile: fuse what lies between attention and gates with torch.compile: a minute's wait, then half the time for
+            small models.
         save_steps: a checkpoint every so many steps; 0 saves at the end only.
     """
 
@@ -61,6 +66,9 @@ class GateConfig:
     temperatures: tuple[float, float] = (0.5, 0.15)
     budget_power: float = 0.75
     seed: int = 0
+    checkpointing: bool = True
+    cuda_graph: bool = False
+    compile: bool = False
     save_steps: int = 0
     report_to: tuple[str, ...] = field(default=())
 
@@ -72,6 +80,12 @@ class GateConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.context < 2:
             raise ValueError(f"context must be at least 2 tokens, got {self.context}")
+        if self.budget >= self.context and self.capacity_weight:
+            raise ValueError(f"a budget of {self.budget:g} is never exceeded in a context of {self.context} tokens")
+        if self.stage == "eviction" and self.budgets[0] >= self.context:
+            raise ValueError(
+                f"budgets from {self.budgets[0]} up evict nothing in a context of {self.context} tokens: lengthen it"
+            )
 
     @classmethod
     def paper(cls, **changes) -> "GateConfig":

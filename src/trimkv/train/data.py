@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from ..texts import Text, read_texts
 from .corpus import Corpus, tokenise
-from .hub import hub_texts, is_hub
+from .hub import Convert, hub_texts, is_hub
 
 IGNORED = -100
 Progress = Callable[[str, int], None]
@@ -31,6 +31,8 @@ class Source:
         weight: share of the samples, in proportion to the other sources'; None (then in all sources) gives each its
             share of the tokens.
         max_tokens: at most so many tokens, spread over the documents of files; the first ones of a hub dataset.
+        convert: for a hub dataset: makes of a record one that has text or messages, or None to leave it out.
+        folder: for a hub dataset: a local copy of it, read in its place.
         borders: whether records are documents of their own. Without borders they follow each other in one document,
             with blank lines between, as ``compare`` reads them: short records then make a long context.
     """
@@ -39,6 +41,8 @@ class Source:
     weight: float | None = None
     max_tokens: int | None = None
     borders: bool = True
+    convert: Convert | None = None
+    folder: str | Path | None = None
 
     @property
     def name(self) -> str:
@@ -47,7 +51,7 @@ class Source:
 
     def texts(self) -> Iterator[Text]:
         if isinstance(self.path, str) and is_hub(self.path):
-            return hub_texts(self.path)
+            return hub_texts(self.path, self.convert, self.folder)
         return read_texts([self.path] if isinstance(self.path, str | Path) else self.path)
 
 

@@ -1,11 +1,12 @@
 """Datasets of the Hugging Face hub, streamed. Needs the ``train`` extra."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..texts import SUFFIXES, Text, record_content
 
+Convert = Callable[[dict], dict | None]
 PATTERN = re.compile(
     r"(?P<name>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(@(?P<revision>[^:]+))?(:(?P<split>[^:]+))?(:(?P<field>[^:]+))?"
 )
@@ -18,16 +19,18 @@ def is_hub(path: str) -> bool:
     return bool(PATTERN.fullmatch(path)) and not path.endswith(SUFFIXES) and not Path(path).exists()
 
 
-def hub_texts(path: str) -> Iterator[Text]:
+def hub_texts(path: str, convert: Convert | None = None, folder: str | Path | None = None) -> Iterator[Text]:
     """The records of "hub:org/name@revision:split:field", streamed in their order.
 
     Without a revision today's newest one is looked up and pinned, so that a stream that breaks off and is taken up
     again stays the same. The split is "train" unless named. A field holds text or messages; without one, records are
     understood as those of .jsonl files are.
+
+    Args:
+        convert: makes of a record one that has text or messages; None leaves it out.
+        folder: a local copy of the dataset, read in its place.
     """
-    match = PATTERN.fullmatch(path.removeprefix("hub:"))
-    if not match:
-        raise ValueError(f"{path}: expected hub:org/name@revision:split:field (all but org/name optional)")
+    match = _parse(path)
     try:
         import datasets
     except ImportError:
@@ -35,27 +38,78 @@ def hub_texts(path: str) -> Iterator[Text]:
         mend = "hub datasets need the package datasets: pip install 'trimkv[train]'"
         raise ValueError(f"{path}: {missing}{mend}") from None
     name, split, field = match["name"], match["split"] or "train", match["field"]
+    if folder is not None and not Path(folder).is_dir():
+        raise ValueError(f"{folder}: no such folder (for a local copy of {name})")
     try:
-        revision = match["revision"] or _newest(name)
-        records = datasets.load_dataset(name, match["config"], revision=revision, split=split, streaming=True)
+        if folder is not None:
+            place, revision = str(folder), None
+        else:
+            place, revision = name, match["revision"] or _newest(name)
+        records = datasets.load_dataset(place, match["config"], revision=revision, split=split, streaming=True)
     except Exception as error:  # of the hub, of the network, of the dataset's own files
-        raise ValueError(f"{path}: cannot be loaded ({' '.join(str(error).split())})") from None
-    return _texts(records, f"{name}@{revision}:{split}", field)
+        raise ValueError(f"{path}: cannot be loaded ({_line(error)})") from None
+    source = f"{name}@{revision}:{split}" if folder is None else f"{folder}:{split}"
+    return _texts(records, source, field, convert)
+
+
+def pin(path: str) -> str:
+    """The path with a revision: its own, or today's newest."""
+    match = _parse(path)
+    if match["revision"]:
+        return path
+    try:
+        revision = _newest(match["name"])
+    except Exception as error:
+        raise ValueError(f"{path}: cannot be looked up ({_line(error)})") from None
+    end = match.end("config") if match["config"] else match.end("name")
+    return f"hub:{match.string[:end]}@{revision}{match.string[end:]}"
+
+
+def _parse(path: str) -> re.Match:
+    match = PATTERN.fullmatch(path.removeprefix("hub:"))
+    if not match:
+        raise ValueError(f"{path}: expected hub:org/name@revision:split:field (all but org/name optional)")
+    return match
 
 
 def _newest(name: str) -> str:
     from huggingface_hub import HfApi
 
-    return HfApi().dataset_info(name).sha
+    return HfApi().dataset_info(name, timeout=20).sha
 
 
-def _texts(records, source: str, field: str | None) -> Iterator[Text]:
-    for number, record in enumerate(records, 1):
+def _texts(records, source: str, field: str | None, convert: Convert | None) -> Iterator[Text]:
+    for number, record in enumerate(_unbroken(records, source), 1):
         where = f"{source}, record {number}"
         if field is not None:
             if field not in record:
                 raise ValueError(f"{where}: no field {field}; there are {', '.join(record)}")
             record = {"text" if isinstance(record[field], str) else "messages": record[field]}
+        if convert is not None:
+            try:
+                record = convert(record)
+            except KeyError as error:
+                raise ValueError(f"{where}: no field {error}; there are {', '.join(record)}") from None
+            if record is None:
+                continue
         text, messages = record_content(record, where)
         if messages or text.strip():
             yield Text(text, messages, source, number)
+
+
+def _unbroken(records, source: str) -> Iterator[dict]:
+    """A stream opens its files as it goes: what is wrong with one of them, or with the network, shows late."""
+    iterator, number = iter(records), 0
+    while True:
+        try:
+            record = next(iterator)
+        except StopIteration:
+            return
+        except Exception as error:
+            raise ValueError(f"{source}: cannot be read after record {number} ({_line(error)})") from None
+        number += 1
+        yield record
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -4,6 +4,7 @@ Shapes: B rows, T tokens, E hidden size, V vocabulary, H KV heads (of one layer,
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -57,11 +58,13 @@ def distillation_losses(
     kinds: Sequence[str] = ("kl",),
     chunk: int = 1024,
     count: torch.Tensor | int | None = None,
+    weight_B: torch.Tensor | None = None,
+    static: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Losses of the student's predictions, in nats, as a mean over the positions that count.
 
     Position t predicts token t + 1: it counts where ``labels[t + 1]`` is not -100; a row's last position never does.
-    No more than ``chunk`` positions have logits at any time, and positions that do not count never have any.
+    No more than ``chunk`` positions have logits at any time.
     Gradients reach the student's hidden states only: the weights behind ``project`` are frozen.
 
     Args:
@@ -72,6 +75,9 @@ def distillation_losses(
             teacher).
         chunk: positions at a time; each costs a few fp32 rows of V.
         count: the number to divide by, instead of this batch's own: that of all batches that share an optimizer step.
+        weight_B: a factor on each row's losses.
+        static: the work does not depend on the labels, as a CUDA graph needs it: positions that do not count have
+            logits too, and weigh nothing. Otherwise they never have any.
 
     Returns:
         an fp32 scalar for each kind; 0, with zero gradients, if nothing counts.
@@ -81,32 +87,47 @@ def distillation_losses(
         raise ValueError(f"unknown loss {', '.join(unknown) or 'of no name'}; known losses: {', '.join(KINDS)}")
     assert teacher_hidden_BTE is not None or set(kinds) == {"ntp"}, "kl and reverse_kl need a teacher"
     targets = F.pad(labels_BT[:, 1:], (0, 1), value=IGNORED).flatten()
-    positions = (targets != IGNORED).nonzero()[:, 0]
+    weight = (targets != IGNORED).float()
+    number = weight.sum() if count is None else torch.as_tensor(count, device=weight.device)
+    if weight_B is not None:
+        weight = weight * weight_B.repeat_interleave(labels_BT.shape[1])
+    positions = torch.arange(len(weight), device=weight.device) if static else (targets != IGNORED).nonzero()[:, 0]
     student = student_hidden_BTE.flatten(0, 1)
     teacher = None if teacher_hidden_BTE is None else teacher_hidden_BTE.detach().flatten(0, 1)
     wants_grad = student.requires_grad and torch.is_grad_enabled()
-    sums = _Sums.apply(student, teacher, project, targets, positions, tuple(kinds), chunk, wants_grad)
-    divisor = torch.as_tensor(len(positions) if count is None else count, device=sums.device).clamp(min=1)
-    return dict(zip(kinds, (sums / divisor).unbind(), strict=True))
+    sums = _Sums.apply(
+        student, teacher, project, targets.clamp(min=0), weight, positions, tuple(kinds), chunk, wants_grad
+    )
+    return dict(zip(kinds, (sums / number.clamp(min=1)).unbind(), strict=True))
 
 
 class _Sums(torch.autograd.Function):
     """Summed losses, one for each kind. Gradients are taken in the forward pass, while a chunk's logits exist."""
 
     @staticmethod
-    def forward(ctx, student, teacher, project, targets, positions, kinds, chunk, wants_grad):
+    def forward(ctx, student, teacher, project, targets, weight, positions, kinds, chunk, wants_grad):
         sums = torch.zeros(len(kinds), device=student.device)
         grads = [torch.zeros_like(student) for _ in kinds] if wants_grad else []
+        fused = _fused(student, kinds) if wants_grad else None
         for index in positions.split(chunk):
-            reference = None if teacher is None else project(teacher[index]).float().log_softmax(-1)
+            with torch.no_grad():
+                logits = None if teacher is None else project(teacher[index])
             hidden = student[index].requires_grad_(wants_grad)
             with torch.set_grad_enabled(wants_grad):
-                log_p = project(hidden).float().log_softmax(-1)
-                losses = [_loss(kind, log_p, reference, targets[index]) for kind in kinds]
-            sums += torch.stack([loss.detach() for loss in losses])
-            for i, grad in enumerate(grads):
-                more = i + 1 < len(kinds)
-                (grad[index],) = torch.autograd.grad(losses[i], hidden, retain_graph=more)
+                given = project(hidden)
+            for i, kind in enumerate(kinds):
+                if fused:
+                    other = given if logits is None else logits
+                    loss, grad = fused(kind, given.detach(), other, targets[index], weight[index])
+                    sums[i] += loss @ weight[index]
+                else:
+                    with torch.set_grad_enabled(wants_grad):
+                        loss = _loss(kind, given, logits, targets[index]) @ weight[index]
+                    sums[i] += loss.detach()
+                    grad = None
+                if wants_grad:
+                    more = i + 1 < len(kinds)
+                    (grads[i][index],) = torch.autograd.grad(given if fused else loss, hidden, grad, retain_graph=more)
         ctx.save_for_backward(*grads)
         return sums
 
@@ -114,14 +135,26 @@ class _Sums(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_sums):
         weighted = (g.to(grad) * grad for g, grad in zip(grad_sums, ctx.saved_tensors, strict=True))
-        return sum(weighted), None, None, None, None, None, None, None
+        return sum(weighted), None, None, None, None, None, None, None, None
 
 
-def _loss(kind: str, log_p: torch.Tensor, reference: torch.Tensor | None, targets: torch.Tensor) -> torch.Tensor:
+def _fused(student: torch.Tensor, kinds: Sequence[str]):
+    """The kernel that does it all at once, where it can."""
+    if not student.is_cuda or student.dtype == torch.float64 or find_spec("triton") is None:
+        return None
+    from . import losses_triton
+
+    return losses_triton.loss_and_gradient if set(kinds) <= set(losses_triton.KINDS) else None
+
+
+def _loss(kind: str, logits: torch.Tensor, teacher: torch.Tensor | None, targets: torch.Tensor) -> torch.Tensor:
+    """One loss for each position."""
+    log_q = logits.float().log_softmax(-1)
     if kind == "ntp":
-        return F.nll_loss(log_p, targets, reduction="sum")
-    first, second = (reference, log_p) if kind == "kl" else (log_p, reference)
-    return F.kl_div(second, first, reduction="sum", log_target=True)
+        return F.nll_loss(log_q, targets, reduction="none")
+    log_p = teacher.float().log_softmax(-1)
+    first, second = (log_p, log_q) if kind == "kl" else (log_q, log_p)
+    return F.kl_div(second, first, reduction="none", log_target=True).sum(-1)
 
 
 def capacity_loss(
@@ -150,7 +183,7 @@ def capacity_loss(
     S_BHT = _all_heads(sums)
     if scope == "global":
         S_BHT = S_BHT.mean(1, keepdim=True)
-    M_B11 = torch.as_tensor(budget, device=S_BHT.device, dtype=S_BHT.dtype).reshape(-1, 1, 1)
+    M_B11 = _as_tensor(budget, S_BHT).reshape(-1, 1, 1)
     t_BT = torch.arange(1, S_BHT.shape[-1] + 1, device=S_BHT.device).expand(S_BHT.shape[0], -1)
     t_B1T = (t_BT if start_BT is None else t_BT - start_BT)[:, None].to(S_BHT.dtype)
     excess = (S_BHT - M_B11).relu() / (t_B1T if normaliser == "paper" else (t_B1T - M_B11).clamp(min=1))
@@ -168,7 +201,7 @@ def occupancy(
     """The mean of S_t / M, for the log: how much of the budget the gates ask for. Arguments as ``capacity_loss``."""
     with torch.no_grad():
         S_BHT = _all_heads(sums)
-        share = S_BHT / torch.as_tensor(budget, device=S_BHT.device, dtype=S_BHT.dtype).reshape(-1, 1, 1)
+        share = S_BHT / _as_tensor(budget, S_BHT).reshape(-1, 1, 1)
         return _mean(share, torch.ones_like(share, dtype=torch.bool) if mask_BT is None else mask_BT.bool()[:, None])
 
 
@@ -181,6 +214,11 @@ def combine(
     """
     total = sum(losses.values())
     return (total / len(losses) if average else total) + weight * capacity
+
+
+def _as_tensor(budget: float | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Made on the device: a copy from the host has no place in a CUDA graph."""
+    return budget.to(like) if isinstance(budget, torch.Tensor) else like.new_full((1,), budget)
 
 
 def _all_heads(sums: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """One frozen model as teacher and student: the same weights, with and without what the gates do to attention."""
 
+import functools
 import math
 
 import torch
@@ -12,6 +13,7 @@ from ..attention.register import trimkv_attention
 from ..attention.retention_sum import retention_sum
 from ..attention.soft_eviction import soft_eviction_attention
 from ..gates.attach import attention_modules
+from .capture import CapturedStep
 from .config import GateConfig
 from .losses import capacity_loss, combine, distillation_losses, logits_of, occupancy
 
@@ -46,13 +48,24 @@ class Student(nn.Module):
         AttentionMaskInterface.register(HYBRID_NAME, sdpa_mask)
         text = model.config.get_text_config(decoder=True)
         model.set_attn_implementation(NAME if len(self.modules_with_gates) == text.num_hidden_layers else HYBRID_NAME)
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # the other kind drops the capacity's gradient
+        if config.checkpointing:
+            model.gradient_checkpointing_enable(
+                {"use_reentrant": False}
+            )  # the other kind drops the capacity's gradient
+        if config.compile:
+            for layer in model.get_decoder().layers:
+                layer.compile(dynamic=False)  # all but attention and gates, which are kernels already
         self.teaching, self.start, self.log_beta = False, None, {}
-        self.budget_B, self.temperature = None, config.temperatures[0]
+        self.budget_B, self.temperature_now, self.temperature = None, None, config.temperatures[0]
+        self.captured: CapturedStep | None = None
         self.draws = torch.Generator()
+        self.process, self.processes = 0, 1  # of those that train together
 
     def release(self) -> None:
         """Gives the model back for use: gates stay on, everything that training put there goes."""
+        self.captured = None
+        for layer in self.model.get_decoder().layers if self.settings.compile else ():
+            layer._compiled_call_impl = None
         for hook in self.hooks:
             hook.remove()
         for module in self.modules_with_gates:
@@ -78,41 +91,50 @@ class Student(nn.Module):
         Returns:
             loss, one entry per base loss, capacity, and occupancy (retained mass over budget).
         """
+        inputs = {"input_ids": input_ids, "labels": input_ids if labels is None else labels}
+        if self.settings.stage == "eviction":
+            inputs["budget_B"] = self._draw_budgets(input_ids)
+            inputs["temperature"] = torch.tensor(self.temperature, device=input_ids.device)
+        if mask is not None:
+            inputs["mask"] = mask
+        if self.settings.cuda_graph and input_ids.is_cuda and torch.is_grad_enabled():
+            inputs["start"] = torch.zeros_like(input_ids) if start is None else start
+            if self.captured is None:
+                weights, biases = self.gate_parameters()
+                self.captured = CapturedStep(functools.partial(self._losses, static=True), weights + biases)
+            return self.captured(inputs)
+        if start is not None and bool((start != 0).any()):
+            inputs["start"] = start
+        return self._losses(**inputs)
+
+    def _losses(self, input_ids, labels, start=None, mask=None, budget_B=None, temperature=None, static=False):
         settings = self.settings
-        labels = input_ids if labels is None else labels
-        packed = start is not None and bool((start != 0).any())
-        self.start = start if packed else None
+        self.start, self.budget_B, self.temperature_now = start, budget_B, temperature
         position = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        inputs = {"input_ids": input_ids, "position_ids": position - start if packed else position, "use_cache": False}
+        if start is not None:
+            position = position - start
+        inputs = {"input_ids": input_ids, "position_ids": position, "use_cache": False}
         decoder = self.model.get_decoder()
         self.teaching = True
         with torch.no_grad():
             teacher = decoder(**inputs).last_hidden_state
         self.teaching, self.log_beta = False, {}
-        self.budget_B = self._draw_budgets(input_ids) if settings.stage == "eviction" else None
         student = decoder(**inputs).last_hidden_state
         # In layer order; a recomputation in backward writes the same values again.
-        sums = [retention_sum(self.log_beta[i], self.start) for i in sorted(self.log_beta)]
-        losses = self._distil(student, teacher, labels)
-        capacity = capacity_loss(sums, settings.budget, self.start, mask, settings.normaliser, settings.scope)
+        sums = retention_sum(torch.cat([self.log_beta[i] for i in sorted(self.log_beta)], 1), start)
+        weight = None if budget_B is None else (budget_B / 128) ** settings.budget_power
+        kinds = settings.losses
+        losses = distillation_losses(student, teacher, self.project, labels, kinds, weight_B=weight, static=static)
+        capacity = capacity_loss(sums, settings.budget, start, mask, settings.normaliser, settings.scope)
         loss = combine(losses, capacity, settings.capacity_weight)
         log = {**losses, "capacity": capacity, "occupancy": occupancy(sums, settings.budget, mask)}
         return {"loss": loss, **{name: value.detach() for name, value in log.items()}}
 
     def _draw_budgets(self, input_ids) -> torch.Tensor:
         low, high = (math.log(budget) for budget in self.settings.budgets)
-        share = torch.rand(input_ids.shape[0], generator=self.draws)
+        # Every process draws for all, and takes its own: together they have what one process with accumulation has.
+        share = torch.rand(self.processes, input_ids.shape[0], generator=self.draws)[self.process]
         return torch.exp(low + share * (high - low)).to(input_ids.device)
-
-    def _distil(self, student, teacher, labels) -> dict[str, torch.Tensor]:
-        kinds = self.settings.losses
-        if self.budget_B is None:
-            return distillation_losses(student, teacher, self.project, labels, kinds)
-        rows = []
-        for b, budget in enumerate(self.budget_B):
-            row = distillation_losses(student[b : b + 1], teacher[b : b + 1], self.project, labels[b : b + 1], kinds)
-            rows.append({name: loss * (budget / 128) ** self.settings.budget_power for name, loss in row.items()})
-        return {name: torch.stack([row[name] for row in rows]).mean() for name in kinds}
 
     def gate_parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """(weights, output biases)."""
@@ -121,12 +143,14 @@ class Student(nn.Module):
         return weights, [gate.bias for gate in gates]
 
 
+@torch.compiler.disable
 def _take_hidden_states(module, args, kwargs):
     student = module.__dict__["student"]
     if not student.teaching and not module.retention_gate.reads_keys:
         student.log_beta[module.layer_idx] = module.retention_gate(kwargs["hidden_states"])
 
 
+@torch.compiler.disable
 def _attention(module, query, key, value, mask, dropout=0.0, scaling=None, softcap=None, s_aux=None, **kwargs):
     """Attention of a teacher's or a student's layer; layers without gates run as they always do."""
     student = module.__dict__.get("student")
@@ -143,7 +167,7 @@ def _attention(module, query, key, value, mask, dropout=0.0, scaling=None, softc
         if softcap is not None or s_aux is not None:
             raise ValueError("the eviction stage does not know softcap and attention sinks; use stage decay")
         out = soft_eviction_attention(
-            query, key, value, log_beta, scaling, student.budget_B, student.temperature, student.start
+            query, key, value, log_beta, scaling, student.budget_B, student.temperature_now, student.start
         )
     else:
         out = decayed_attention(query, key, value, log_beta, scaling, student.start, softcap, s_aux)

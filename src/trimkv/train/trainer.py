@@ -1,18 +1,27 @@
 """transformers' Trainer for gates: accelerate, DDP, accumulation, resuming and logging come with it."""
 
+import json
+import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
-from ..gates.attach import attach, new_gates
+from ..gates.attach import attach, attention_modules, new_gates
 from ..gates.files import GateSet, load_gates, save_gates
 from .config import GateConfig
 from .data import collate
 from .student import Student
+
+# What writing raises on a full disk: Python, safetensors and torch have their own ways.
+UNWRITABLE = (OSError, SafetensorError, RuntimeError)
+
+
+class SaveError(OSError):
+    """Something could not be written, a full disk for instance. What was saved before is as it was."""
 
 
 class GateTrainer(Trainer):
@@ -41,7 +50,12 @@ class GateTrainer(Trainer):
             dataloader_pin_memory=torch.cuda.is_available(),
             disable_tqdm=True,
             report_to=list(config.report_to) or "none",
+            use_cpu=next(student.parameters()).device.type == "cpu",
+            ddp_find_unused_parameters=False,
         )
+        if args.n_gpu > 1:  # several GPUs without a launcher: one works, as DataParallel cannot run hooks on copies
+            args._n_gpu = 1
+        student.process, student.processes = args.process_index, args.world_size
         super().__init__(
             model=student,
             args=args,
@@ -77,13 +91,40 @@ class GateTrainer(Trainer):
 
     def log(self, logs, *args, **kwargs):
         if "loss" in logs and self.counted:
-            logs = {**logs, **{name: float(value) / self.counted for name, value in self.sums.items()}}
+            own = torch.stack([torch.as_tensor(value) for value in self.sums.values()]) / self.counted
+            means = self.accelerator.reduce(own.float(), "mean")  # over processes: every one of them logs
+            logs = {**logs, **dict(zip(self.sums, means.tolist(), strict=True))}
             self.sums, self.counted = {}, 0
             self.history.append({"step": self.state.global_step, **logs})
         super().log(logs, *args, **kwargs)
 
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except UNWRITABLE as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            mend = "earlier checkpoints are as they were: make room, then resume"
+            raise SaveError(f"{folder}: cannot be saved ({error}); {mend}") from error
+
+    def save_result(self) -> None:
+        """Writes gates.safetensors, gates.json and training.json."""
+        output = Path(self.args.output_dir)
+        try:
+            self._save(str(output))
+            self.settings.save(output)
+        except UNWRITABLE as error:
+            mend = "make room, then resume" if self.settings.save_steps else "make room and start anew"
+            raise SaveError(f"{output}: gates cannot be saved ({error}); {mend}") from error
+
     def _save(self, output_dir=None, state_dict=None):
         save_gates(self.model.model, output_dir or self.args.output_dir, **self.meta, **_provenance(self))
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        """As the Trainer does, which asks torch for a device "cpu:0" where several processes share a CPU."""
+        if checkpoint is not None:
+            for part, name in ((self.optimizer, "optimizer.pt"), (self.lr_scheduler, "scheduler.pt")):
+                part.load_state_dict(torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         _put(self.model, load_gates(resume_from_checkpoint))
@@ -125,12 +166,18 @@ def train(
         steps), output, history (one entry per step of this run).
 
     Raises:
-        ValueError: nothing to resume from; gates that do not fit.
+        ValueError: a model without layers for gates; gates that do not fit; nothing to resume from, or a checkpoint of
+            another model or training.
+        SaveError: a checkpoint or the result could not be written.
     """
     output = Path(output)
-    checkpoint = get_last_checkpoint(str(output)) if resume and output.is_dir() else None
+    checkpoint = _last_checkpoint(output) if resume else None
     if resume and checkpoint is None:
         raise ValueError(f"{output}: no checkpoint to resume from")
+    if not attention_modules(model):
+        raise ValueError(f"{type(model).__name__} has no full-attention layers that gates are known for")
+    if checkpoint is not None:
+        gates = _resumed(checkpoint, config, (meta or {}).get("base_model"))
     if gates is None:
         gates = new_gates(model, config.kind, config.intermediate_size, config.context, config.seed)
     attach(model, gates)
@@ -138,11 +185,10 @@ def train(
     trainer = GateTrainer(student, config, output, dataset, meta or {}, callbacks)
     start = time.perf_counter()
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         seconds = time.perf_counter() - start
         if trainer.is_world_process_zero():
-            trainer._save(str(output))
-            config.save(output)
+            trainer.save_result()
     finally:
         student.release()
     logged = [entry for entry in trainer.state.log_history if "capacity" in entry][-10:]
@@ -156,6 +202,30 @@ def train(
         "output": str(output),
         "history": trainer.history,
     }
+
+
+def _last_checkpoint(output: Path) -> Path | None:
+    """The newest checkpoint that is whole: one that a crash cut off lacks the state, which is written last."""
+
+    def whole(folder: Path) -> bool:
+        try:
+            return "global_step" in json.loads((folder / "trainer_state.json").read_text())
+        except (OSError, ValueError):
+            return False
+
+    steps = {int(f.name.removeprefix("checkpoint-")): f for f in output.glob("checkpoint-[0-9]*") if whole(f)}
+    return steps[max(steps)] if steps else None
+
+
+def _resumed(checkpoint: Path, config: GateConfig, base_model: str | None) -> GateSet:
+    """The gates of a checkpoint, if it is one of this training."""
+    gates = load_gates(checkpoint)
+    if base_model and gates.base_model and Path(base_model).name.lower() != Path(gates.base_model).name.lower():
+        raise ValueError(f"{checkpoint} is of {gates.base_model}, not of {base_model}")
+    then = gates.meta.get("gate"), gates.intermediate_size
+    if then != (config.kind, config.intermediate_size):
+        raise ValueError(f"{checkpoint} has gates {then[0]} of size {then[1]}: resume with these, or start anew")
+    return gates
 
 
 def _mean(values) -> float | None:
