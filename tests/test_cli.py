@@ -582,7 +582,11 @@ class TestCompare:
         code, out, err = trim(*arguments, "--json")
         assert code == 0, err
         found = json.loads(out.splitlines()[-1])
-        assert json.loads((tmp_path / "out.json").read_text()) == found
+        written = json.loads((tmp_path / "out.json").read_text())
+        assert {key: written[key] for key in found} == found
+        assert written["command"].startswith(f"trimkv compare --model {folder} --text ")
+        assert written["environment"]["torch"] and written["environment"]["cpu"] and "commit" in written["environment"]
+        assert (written["device"], written["dtype"]) == ("cpu", "float32")
         assert found["context"] == 40 and found["model"] == folder and found["full_perplexity"] > 1
         assert len(found["rows"]) == 6
         for row in found["rows"]:

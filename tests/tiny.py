@@ -5,6 +5,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import trimkv
 from trimkv.gates.attach import new_gates
+from trimkv.gates.head_sets import attach_heads, new_heads
 
 BASE = {
     "vocab_size": 128,
@@ -93,11 +94,13 @@ GENERATE = {
 
 
 def gated(name: str, **changes):
-    """A tiny model with gates whose retention differs from token to token."""
+    """A tiny model with gates whose retention differs from token to token, and with the heads of trained baselines."""
     model = build(name, **changes)
     gates = new_gates(model, intermediate_size=16, training_length=16)
     for parameters in gates.layers.values():
         parameters["linear2.weight"].mul_(200)
+    attach_heads(model, new_heads(model, "locret", width=16))
+    attach_heads(model, new_heads(model, "seer_attention_r", width=8, block_size=4))
     return trimkv.attach(model, gates)
 
 

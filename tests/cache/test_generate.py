@@ -230,7 +230,7 @@ def test_misuse_is_answered_in_one_line():
     model = gated("qwen3")
     other = tiny.build("qwen3", num_hidden_layers=2)
     ids = tiny.tokens(1, 20)
-    with pytest.raises(ValueError, match="known policies: full, random, streaming_llm, trimkv"):
+    with pytest.raises(ValueError, match="known policies: .*random, .*streaming_llm, .*trimkv"):
         trimkv.bounded_cache(model, "lru", 8)
     with pytest.raises(ValueError, match="needs retention gates"):
         trimkv.bounded_cache(other, "trimkv", 8)

@@ -45,6 +45,21 @@ def slot_attention(
     return torch.where(seen.any(-1, keepdim=True), (weights @ v) / denominator, 0.0)
 
 
+def slot_probabilities(
+    q_BQTD: torch.Tensor,
+    k_BHSD: torch.Tensor,
+    query_position_BT: torch.Tensor,
+    key_position_BHS: torch.Tensor,
+    scaling: float,
+    softcap: float | None = None,
+    s_aux_Q: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The weights of ``slot_attention``: fp32 [B, Q, T, S], zeros for padding queries."""
+    B, H, S, _ = k_BHSD.shape
+    one_hot = torch.eye(S).expand(B, H, S, S)
+    return slot_attention(q_BQTD, k_BHSD, one_hot, query_position_BT, key_position_BHS, scaling, softcap, s_aux_Q)
+
+
 def victim(score: list[float], position: list[int]) -> int:
     """Index of the slot to overwrite: an empty one, else the lowest score, among equals the oldest token."""
     return min(range(len(score)), key=lambda i: (position[i] >= 0, score[i], position[i]))

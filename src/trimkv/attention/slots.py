@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 NO_TOKEN = -1
+QUERIES = 128  # whose probabilities exist at a time where a policy asks for them: [B, H, G, 128, S], never T x T
 
 
 def position_rule(
@@ -89,6 +90,72 @@ def attend_causal(
         return F.scaled_dot_product_attention(q_BQTD, k_BHTD, v_BHTD, is_causal=True, scale=scaling, enable_gqa=True)
     mask = causal_mask(T, T, q_BQTD.device)
     return attend(q_BQTD, k_BHTD, v_BHTD, mask, scaling, softcap, s_aux_Q)
+
+
+def logits(q_BQTD: torch.Tensor, k_BHSD: torch.Tensor, scaling: float, softcap: float | None = None) -> torch.Tensor:
+    """fp32 [B, H, G, T, S]: of each query head with the keys of its group, nothing masked."""
+    B, Q, T, D = q_BQTD.shape
+    H, S = k_BHSD.shape[1:3]
+    x = (q_BQTD.reshape(B, H, Q // H * T, D) @ k_BHSD.transpose(2, 3)).float() * scaling
+    if softcap is not None:
+        x = softcap * torch.tanh(x / softcap)
+    return x.view(B, H, Q // H, T, S)
+
+
+def attend_with_lse(
+    q_BQTD: torch.Tensor,
+    k_BHSD: torch.Tensor,
+    v_BHSD: torch.Tensor,
+    query_position_BT: torch.Tensor,
+    key_position_BHS: torch.Tensor,
+    scaling: float,
+    softcap: float | None = None,
+    s_aux_Q: torch.Tensor | None = None,
+    sees_all: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """``attend`` under the position rule, for policies that score by attention: blocks of queries, softmax in fp32.
+
+    Args:
+        sees_all: the caller knows that every query sees every key; no mask is made.
+
+    Returns:
+        out [B, Q, T, D]; the log-sum-exp of each query's logits, fp32 [B, Q, T], from which ``probabilities`` makes
+        its weights again; and, where one block did, those weights [B, H, G, T, S]. A padding query's are anything.
+    """
+    B, Q, T, _ = q_BQTD.shape
+    H = k_BHSD.shape[1]
+    outs, lses, weights = [], [], None
+    for start in range(0, T, QUERIES):
+        part = slice(start, start + QUERIES)
+        x = logits(q_BQTD[:, :, part], k_BHSD, scaling, softcap)
+        if not sees_all:
+            x.masked_fill_(~position_rule(query_position_BT[:, part], key_position_BHS)[:, :, None], float("-inf"))
+        lse = x.logsumexp(-1, keepdim=True)
+        if s_aux_Q is not None:
+            lse = torch.logaddexp(lse, s_aux_Q.float().view(1, H, -1, 1, 1))
+        weights = x.sub_(lse).exp_()
+        out = weights.flatten(2, 3).to(v_BHSD.dtype) @ v_BHSD
+        outs.append(out.view(B, Q, -1, v_BHSD.shape[-1]))
+        lses.append(lse.view(B, Q, -1))
+    if len(outs) > 1:
+        return torch.cat(outs, 2), torch.cat(lses, 2), None
+    return outs[0], lses[0], weights
+
+
+def probabilities(
+    q_BQTD: torch.Tensor,
+    k_BHSD: torch.Tensor,
+    lse_BQT: torch.Tensor,
+    query_position_BT: torch.Tensor,
+    key_position_BHS: torch.Tensor,
+    scaling: float,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """The weights of an attention that is done, from its log-sum-exp: fp32 [B, H, G, T, S], 0 for padding queries."""
+    x = logits(q_BQTD, k_BHSD, scaling, softcap)
+    B, H, G, T, _ = x.shape
+    x = x.sub_(lse_BQT.reshape(B, H, G, T, 1)).exp_()
+    return x.masked_fill_(~position_rule(query_position_BT, key_position_BHS, blank_rows=False)[:, :, None], 0.0)
 
 
 def protect(

@@ -69,6 +69,11 @@ class BoundedCache(Cache):
         for layer in self.slot_layers:
             layer.stage_padding(real_BT)
 
+    def stage_more(self, more: bool) -> None:
+        """Takes whether the coming forward leaves off before the end of a prompt."""
+        for layer in self.slot_layers:
+            layer.stage_more(more)
+
     # Accounting: tokens per KV head and bytes over all layers.
 
     @property

@@ -7,6 +7,7 @@ from .bounded import BoundedCache
 from .hooks import attention_modules, install
 from .layers import BoundedLayer
 from .policies import Policy, make
+from .rotation import rotation_of
 
 DEFAULT_CHUNK = 512
 
@@ -63,8 +64,10 @@ def make_layers(model, policy: Policy, budget: Budget, chunk: int | None) -> lis
                 f"policy {policy.name} needs retention gates and {name} has none on layers {_ranges(bare)}; "
                 "call trimkv.attach(model, gates) first, or choose a policy without training such as streaming_llm"
             )
+    policy = policy.fitted({i: modules[i] for i in slot_layers})
+    turns = {i: rotation_of(model, modules[i]) for i in slot_layers} if "rotation" in policy.needs else {}
     return [
-        BoundedLayer(policy, budget, chunk, i)
+        BoundedLayer(policy, budget, chunk, i, turns.get(i))
         if kind == "full_attention"
         else DYNAMIC_LAYER_TYPE_MAPPING[kind](**options)
         for i, kind in enumerate(types)

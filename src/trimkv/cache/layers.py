@@ -7,7 +7,9 @@ from ..attention import slots as attention
 from ..attention.slots import NO_TOKEN
 from ..budget import Budget
 from .policies import Policy
-from .slots import Slots, SlotStore
+from .rotation import Rotation
+from .seen import Seen
+from .slots import LayerFacts, NewTokens, Slots, SlotStore
 
 
 class BoundedLayer(CacheLayerMixin):
@@ -23,16 +25,21 @@ class BoundedLayer(CacheLayerMixin):
         chunk: new tokens that attend together before an eviction; None takes a whole forward as one chunk, which is
             the published timing (a prompt attends in full).
         layer_idx: the layer's number in the model.
+        rotation: how it turns keys, for policies that need it.
     """
 
     is_compileable = False
     is_croppable = False
     is_sliding = False
 
-    def __init__(self, policy: Policy, budget: Budget, chunk: int | None, layer_idx: int):
+    def __init__(
+        self, policy: Policy, budget: Budget, chunk: int | None, layer_idx: int, rotation: Rotation | None = None
+    ):
         super().__init__()
-        self.policy, self.budget, self.chunk, self.layer_idx = policy, budget, chunk, layer_idx
+        self.policy, self.budget, self.chunk = policy, budget, chunk
         self.sinks = max(budget.sinks, policy.sinks)
+        self.facts = LayerFacts(layer_idx, budget.tokens, self.sinks, rotation)
+        self.recent = budget.recent or min(int(policy.recent_share * budget.tokens), budget.tokens - self.sinks - 1)
         self.store: SlotStore | None = None
         self.peak_prefill_tokens = self.peak_decode_tokens = self.transient_bytes = 0
         self._forget()
@@ -44,6 +51,11 @@ class BoundedLayer(CacheLayerMixin):
         self.log_beta: torch.Tensor | None = None  # of the tokens to come, left here by the gate's hook
         self.real: torch.Tensor | None = None  # [B, T] False where a token to come is padding; None = no padding
         self.waiting = 0  # tokens given to update() that no attention has seen yet
+        self.more = False  # whether the prompt goes on after the forward to come
+
+    @property
+    def layer_idx(self) -> int:
+        return self.facts.idx
 
     # What the hooks leave for the forward that is about to run.
 
@@ -56,12 +68,16 @@ class BoundedLayer(CacheLayerMixin):
         self.real = real_BT
         self.padded |= real_BT is not None
 
+    def stage_more(self, more: bool) -> None:
+        """Takes whether the forward to come leaves off before the end of a prompt."""
+        self.more = more
+
     # What transformers' attention modules and generate call.
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        capacity = self.budget.slots if self.policy.bounded else None
-        self.store = SlotStore(capacity, key_states, value_states, self.policy.state, self.layer_idx)
+        capacity = self.budget.slots if self.policy.bounded and not self.policy.grows else None
+        self.store = SlotStore(capacity, key_states, value_states, self.policy.state, self.facts)
         self.is_initialized = True
 
     def update(self, key_states, value_states, *args, **kwargs):
@@ -132,14 +148,14 @@ class BoundedLayer(CacheLayerMixin):
     def attend(self, module, q, k, v, scaling, softcap=None, s_aux=None) -> torch.Tensor:
         """Writes T new tokens, evicts down to the budget and attends. Returns [B, Q, T, D].
 
+        A chunk attends before it evicts, a single token after (see Policy).
+
         Args:
             module: the attention module; a gate that reads keys and values is found there.
             q: [B, Q, T, D]; k, v: [B, H, T, D]; both rotated.
         """
-        if "log_beta" in self.policy.needs:
-            log_beta = self._take_log_beta(module, k, v)
-        else:
-            log_beta = None
+        log_beta = self._take_log_beta(module, k, v) if "log_beta" in self.policy.needs else None
+        self._note(q, k, scaling, softcap, s_aux)
         real, self.real, self.waiting = self.real, None, 0
         if real is not None:
             real = real.to(k.device)
@@ -148,10 +164,19 @@ class BoundedLayer(CacheLayerMixin):
         for start in range(0, T, step):
             part = slice(start, min(start + step, T))
             part_real = None if real is None else real[:, part]
-            new = self._new_tokens(k[:, :, part], v[:, :, part], part_real, log_beta, part)
+            part_beta = None if log_beta is None else log_beta[:, :, part]
+            new = self._new_tokens(module, q[:, :, part], k[:, :, part], v[:, :, part], part_real, part_beta)
+            self.facts.more_follows = self.more or part.stop < T
             run = self._decode if new.k.shape[2] == 1 else self._prefill
-            out.append(run(q[:, :, part], new, part_real, scaling, softcap, s_aux))
+            out.append(run(new, part_real))
+        self.more = False
         return out[0] if len(out) == 1 else torch.cat(out, 2)
+
+    def _note(self, q, k, scaling, softcap, s_aux) -> None:
+        """What is known of a layer's attention from its first call on."""
+        self.facts.scaling, self.facts.softcap, self.facts.s_aux = scaling, softcap, s_aux
+        if self.store is not None:
+            self.store.add_rows(self.policy.row_state(q.shape[1], *k.shape[1::2]))
 
     def _take_log_beta(self, module, k, v) -> torch.Tensor:
         gate = getattr(module, "retention_gate", None)
@@ -162,7 +187,7 @@ class BoundedLayer(CacheLayerMixin):
             raise ValueError(f"policy {self.policy.name} needs retention gates: call trimkv.attach(model, gates) first")
         return log_beta.to(k.device)
 
-    def _new_tokens(self, k, v, real, log_beta, part: slice) -> Slots:
+    def _new_tokens(self, module, q, k, v, real, log_beta) -> NewTokens:
         """The tokens of a chunk with their positions, and what the policy remembers of them."""
         B, H, T, _ = k.shape
         seen = self.store.seen[:, None]
@@ -170,11 +195,14 @@ class BoundedLayer(CacheLayerMixin):
             position = seen.clone() if T == 1 else seen + torch.arange(T, dtype=torch.int32, device=k.device)
         else:
             position = torch.where(real, seen + real.cumsum(-1, dtype=torch.int32) - 1, NO_TOKEN)
-        new = Slots(k, v, position[:, None].expand(B, H, T), {}, self.layer_idx)
-        new.state = self.policy.new_state(new, None if log_beta is None else log_beta[:, :, part])
+        position = position[:, None].expand(B, H, T)
+        new = NewTokens(k, v, position, {}, self.facts, self.store.rows, q, log_beta, module)
+        if self.policy.selects:
+            self.store.reserve(T)  # what it keeps per sequence may grow with the tokens
+        new.state = self.policy.new_state(new)
         return new
 
-    def _decode(self, q, new: Slots, real, scaling, softcap, s_aux) -> torch.Tensor:
+    def _decode(self, new: NewTokens, real) -> torch.Tensor:
         """One token: it takes a free slot or the victim's, then attends to all slots of its head."""
         store, buffer = self.store, self.budget.buffer
         if store.growing or store.used < store.capacity:
@@ -189,14 +217,18 @@ class BoundedLayer(CacheLayerMixin):
         store.advance(1, real)
         held = store.view()
         self.count = min(self.count + 1, store.used)
-        self.peak_decode_tokens = max(self.peak_decode_tokens, self.count)
+        attended = min(self.count, self.policy.attended(self.budget.tokens)) if self.policy.selects else self.count
+        self.peak_decode_tokens = max(self.peak_decode_tokens, attended)
         mask = None
-        if self.padded or self.count < store.used:  # some slots are empty
-            mask = (held.position >= 0)[:, :, None, :]
-            if real is not None:
-                mask = mask | ~real[:, None, None, :]
-        out = attention.attend(q, held.k, held.v, mask, scaling, softcap, s_aux)
-        if buffer and store.used == store.capacity and (self.padded or self.count == store.capacity):
+        if self.policy.selects:
+            mask = self.policy.visible(held, new)[:, :, None, :]
+        elif self._any_empty and "attention" not in self.policy.needs:
+            mask = held.valid[:, :, None, :]
+        if mask is not None and real is not None:
+            mask = mask | ~real[:, None, None, :]
+        out = self._attend(held, new, real, mask)
+        full = buffer and not store.growing and store.used == store.capacity
+        if full and (self.padded or self.count == store.capacity):
             self._trim(held)
         return out
 
@@ -209,7 +241,7 @@ class BoundedLayer(CacheLayerMixin):
         if not self.padded:
             self.count = self.budget.tokens
 
-    def _prefill(self, q, new: Slots, real, scaling, softcap, s_aux) -> torch.Tensor:
+    def _prefill(self, new: NewTokens, real) -> torch.Tensor:
         """A chunk: its tokens attend to the kept slots and to each other, then the best M of all are kept."""
         store, n, T = self.store, self.store.used, new.k.shape[2]
         together = store.view().with_new(new) if n else new
@@ -217,15 +249,35 @@ class BoundedLayer(CacheLayerMixin):
         if n:
             self.transient_bytes = max(self.transient_bytes, together.nbytes)
         store.advance(T, real)
-        if self.padded or self.count < n:
-            mask = attention.position_rule(new.position[:, 0], together.position)
-            out = attention.attend(q, together.k, together.v, mask, scaling, softcap, s_aux)
-        elif n:
-            mask = attention.causal_mask(T, n + T, q.device)
-            out = attention.attend(q, together.k, together.v, mask, scaling, softcap, s_aux)
-        else:
-            out = attention.attend_causal(q, new.k, new.v, scaling, softcap, s_aux)
+        mask = None
+        if "attention" not in self.policy.needs:
+            if self._any_empty:
+                mask = attention.position_rule(new.position[:, 0], together.position)
+            elif n:
+                mask = attention.causal_mask(T, n + T, new.k.device)
+        out = self._attend(together, new, real, mask)
         self._keep(together, new)
+        return out
+
+    def _attend(self, slots: Slots, new: NewTokens, real, mask) -> torch.Tensor:
+        """The new tokens' queries over ``slots``, and the policy's look at it."""
+        q, k, T, facts = new.q, slots.k, new.k.shape[2], self.facts
+        how = facts.scaling, facts.softcap, facts.s_aux
+        if self.policy.moves_keys and slots is not new:
+            k = self.policy.keys(slots)
+            self.transient_bytes = max(self.transient_bytes, k.nbytes)
+        query_position, lse, weights = new.position[:, 0], None, None
+        if "attention" in self.policy.needs:
+            sees_all = T == 1 and not self._any_empty
+            out, lse, weights = attention.attend_with_lse(
+                q, k, slots.v, query_position, slots.position, *how, sees_all=sees_all
+            )
+        elif mask is None and T > 1:
+            out = attention.attend_causal(q, k, slots.v, *how)
+        else:
+            out = attention.attend(q, k, slots.v, mask, *how)
+        if self.policy.observes:
+            self.policy.observe(slots, Seen(q, query_position, real, k, slots.position, facts, lse, weights))
         return out
 
     def _keep(self, together: Slots, new: Slots) -> None:
@@ -233,7 +285,11 @@ class BoundedLayer(CacheLayerMixin):
         store, M, T = self.store, self.budget.tokens, new.k.shape[2]
         limit = max(self.budget.slots - 1, M)  # the most that may stay until the next forward
         total = together.k.shape[2]
-        if store.growing or total <= limit:
+        if not self.policy.bounded or total <= limit:
+            if self.policy.observes:  # the copy's state has learned what the store's has not
+                for name, t in store.view().state.items():
+                    t.copy_(together.state[name][:, :, :-T])
+                    new.state[name] = together.state[name][:, :, -T:]
             store.append(new)
             self.count += T
             return
@@ -253,10 +309,15 @@ class BoundedLayer(CacheLayerMixin):
     def _score(self, slots: Slots, arriving: int = 0) -> torch.Tensor:
         """The policy's score with sinks and recent tokens protected; an arriving token counts as one of the recent."""
         now = self.store.seen[:, None, None]
-        recent = self.budget.recent - arriving
+        recent = self.recent - arriving
         recent_from = now - recent if recent > 0 else None
-        any_empty = self.padded or self.count < self.store.used
-        return attention.protect(self.policy.score(slots, now), slots.position, self.sinks, recent_from, any_empty)
+        score = self.policy.score(slots, now)
+        return attention.protect(score, slots.position, self.sinks, recent_from, self._any_empty)
+
+    @property
+    def _any_empty(self) -> bool:
+        """Whether slots that were written may hold no token."""
+        return self.padded or self.count < self.store.used
 
     # A row, copied out and put back.
 
@@ -274,6 +335,7 @@ class BoundedLayer(CacheLayerMixin):
         if self.store is None or self.store.seen.shape[0] != rows:
             like = held["k"][None, :, :0].expand(rows, -1, -1, -1), held["v"][None, :, :0].expand(rows, -1, -1, -1)
             self.lazy_initialization(*like)
+        self.store.add_rows(held["row_states"])
         alone = rows == 1
         self.store.restore(row, held)
         if alone:

@@ -2,6 +2,7 @@
 
 import torch
 
+from .bounded import BoundedCache
 from .build import DEFAULT_CHUNK
 
 
@@ -32,6 +33,8 @@ def prefill(model, cache, input_ids, attention_mask=None, chunk: int = DEFAULT_C
         position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
     for start in range(0, T, chunk):
         end = min(start + chunk, T)
+        if isinstance(cache, BoundedCache):
+            cache.stage_more(end < T)
         out = model(
             input_ids=input_ids[:, start:end],
             attention_mask=None if attention_mask is None else attention_mask[:, : seen + end],

@@ -10,14 +10,15 @@ from .bounded import BoundedCache
 from .build import bounded_cache
 from .layers import BoundedLayer
 from .policies import Policy
-from .slots import Slots
+from .slots import NewTokens, Slots
 
 QUERIES = 128  # that attend together: a mask is [B, H, 128, M + 128], never T x T
 
 
 def replayable(policy: Policy, budget: Budget) -> bool:
-    """Whether what a layer keeps can be known before its attention runs: scores without queries, no buffer."""
-    return "attention" not in policy.needs and budget.buffer == 0
+    """Whether what a layer keeps can be known before its attention runs: scores without later queries, keys seen where
+    they are, no buffer, no row state."""
+    return not (policy.observes or policy.moves_keys or policy.grows or policy.selects) and budget.buffer == 0
 
 
 def replay_cache(model, policy: str | Policy, budget: int | Budget) -> BoundedCache:
@@ -33,7 +34,9 @@ def replay_cache(model, policy: str | Policy, budget: int | Budget) -> BoundedCa
             raise ValueError(f"policy {layer.policy.name} with {layer.budget} must be fed token by token")
     return BoundedCache(
         [
-            ReplayLayer(layer.policy, layer.budget, None, layer.layer_idx) if isinstance(layer, BoundedLayer) else layer
+            ReplayLayer(layer.policy, layer.budget, None, layer.layer_idx, layer.facts.rotation)
+            if isinstance(layer, BoundedLayer)
+            else layer
             for layer in cache.layers
         ]
     )
@@ -65,11 +68,12 @@ class ReplayLayer(BoundedLayer):
         self.waiting = 0
         log_beta = self._take_log_beta(module, k, v) if "log_beta" in self.policy.needs else None
         position = torch.arange(T, dtype=torch.int32, device=k.device).expand(*k.shape[:3])
-        tokens = Slots(k, v, position, {}, self.layer_idx)
-        state = self.policy.new_state(tokens, log_beta)
+        self._note(q, k, scaling, softcap, s_aux)
+        tokens = NewTokens(k, v, position, {}, self.facts, {}, q, log_beta, module)
+        state = self.policy.new_state(tokens)
         tokens.state = {name: state[name].to(dtype) for name, dtype in self.policy.state.items()}
         M = self.budget.tokens if self.policy.bounded else T
-        self.last = last_steps(tokens, self.policy, M, self.sinks, self.budget.recent)
+        self.last = last_steps(tokens, self.policy, M, self.sinks, self.recent)
         out, peaks = [], []
         for start in range(0, T, QUERIES):
             end = min(start + QUERIES, T)
@@ -85,43 +89,35 @@ def last_steps(tokens: Slots, policy: Policy, M: int, sinks: int = 0, recent: in
     """The last step at which each of T tokens is attended to, int32 [B, H, T]; T - 1 for those never evicted.
 
     Plays ``BoundedLayer``'s decoding through without attention: M slots per head, and from step M on the new token
-    takes the victim's. Only positions and state move; the host reads nothing.
+    takes the victim's. Only what the policy reads moves; the host reads nothing.
     """
-    B, H, T = tokens.position.shape
-    last = torch.full((B, H, T), T - 1, dtype=torch.int32, device=tokens.position.device)
+    T = tokens.position.shape[2]
+    last = torch.full_like(tokens.position, T - 1)
     if M >= T:
         return last
-    position = tokens.position[:, :, :M].clone()
-    state = {name: t[:, :, :M].clone() for name, t in tokens.state.items()}
-    held = _Held(tokens, position, state)
-    news = tokens.position.unbind(2), *(t.unbind(2) for t in tokens.state.values())
-    kept = position, *state.values()
+    held = Slots(
+        tokens.k[:, :, :M].clone() if "keys" in policy.needs else None,
+        tokens.v[:, :, :M].clone() if "values" in policy.needs else None,
+        tokens.position[:, :, :M].clone(),
+        {name: t[:, :, :M].clone() for name, t in tokens.state.items()},
+        tokens.layer,
+    )
+    scalars = [(held.position, tokens.position), *((held.state[name], t) for name, t in tokens.state.items())]
+    scalars = [(where, t.unbind(2)) for where, t in scalars]
+    vectors = [(where, t) for where, t in ((held.k, tokens.k), (held.v, tokens.v)) if where is not None]
     evicted = []
     for t in range(M, T):
         now = tokens.position[:, :1, t : t + 1]
         recent_from = now - (recent - 1) if recent > 1 else None  # the arriving token is one of the recent
-        score = attention.protect(policy.score(held, now), position, sinks, recent_from, any_empty=False)
-        slot = attention.victim(score, position)
-        evicted.append(position.gather(2, slot))
-        for where, new in zip(kept, news, strict=True):
+        score = attention.protect(policy.score(held, now), held.position, sinks, recent_from, any_empty=False)
+        slot = attention.victim(score, held.position)
+        evicted.append(held.position.gather(2, slot))
+        for where, new in scalars:
             where.scatter_(2, slot, new[t][..., None])
+        for where, new in vectors:
+            where.scatter_(2, slot[..., None].expand(*slot.shape, new.shape[-1]), new[:, :, t : t + 1])
     steps = tokens.position[:, :, M - 1 : T - 1]  # evicted at step t: last seen at t - 1
     return last.scatter(2, torch.cat(evicted, 2).long(), steps)
-
-
-class _Held(Slots):
-    """Slots that know their tokens' numbers; keys and values are copied out only for a policy that reads them."""
-
-    def __init__(self, tokens: Slots, position: torch.Tensor, state: dict[str, torch.Tensor]):
-        self.tokens, self.position, self.state, self.layer_idx = tokens, position, state, tokens.layer_idx
-
-    @property
-    def k(self) -> torch.Tensor:
-        return _pick(self.tokens.k, self.position.long())
-
-    @property
-    def v(self) -> torch.Tensor:
-        return _pick(self.tokens.v, self.position.long())
 
 
 def _seen_by(tokens: Slots, last: torch.Tensor, start: int, end: int, M: int) -> tuple[Slots, torch.Tensor]:
@@ -134,7 +130,7 @@ def _seen_by(tokens: Slots, last: torch.Tensor, start: int, end: int, M: int) ->
     index = position.long()
     query = tokens.position[:1, :1, start:end, None]
     mask = (position[:, :, None] <= query) & (query <= last.gather(2, index)[:, :, None])
-    return Slots(_pick(tokens.k, index), _pick(tokens.v, index), position, {}, tokens.layer_idx), mask
+    return Slots(_pick(tokens.k, index), _pick(tokens.v, index), position, {}, tokens.layer), mask
 
 
 def _pick(t_BHTD: torch.Tensor, index_BHS: torch.Tensor) -> torch.Tensor:

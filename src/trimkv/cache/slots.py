@@ -1,35 +1,97 @@
 """The slot store: where the keys and values of one layer live, for ever, in a fixed number of places."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from ..attention.slots import NO_TOKEN
+from .rotation import Rotation
+
+
+@dataclass
+class LayerFacts:
+    """What holds for all tokens of a layer.
+
+    Attributes:
+        idx: the layer's number in the model.
+        budget: M, tokens per KV head; 0 where nobody said.
+        sinks: first tokens that are never evicted.
+        rotation: how positions turn keys and queries; only for policies that need it.
+        more_follows: whether the prompt goes on after the chunk that is being worked off.
+        scaling, softcap, s_aux: how the layer's attention makes its logits, as in ``attention.slots.attend``; known
+            from the first forward on.
+    """
+
+    idx: int = 0
+    budget: int = 0
+    sinks: int = 0
+    rotation: Rotation | None = None
+    more_follows: bool = False
+    scaling: float = 1.0
+    softcap: float | None = None
+    s_aux: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class RowState:
+    """One tensor that a policy keeps per sequence and layer: [B, *shape], zeros for a new sequence.
+
+    With ``every``, one for so many tokens seen: [B, N, *shape], which grows with a store that keeps every token.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    every: int = 0
+
+    def shape_for(self, tokens: int) -> tuple[int, ...]:
+        """The shape for a sequence of so many tokens."""
+        return (tokens // self.every + 1, *self.shape) if self.every else self.shape
 
 
 @dataclass
 class Slots:
     """A view of tokens that a policy scores: kept slots, or kept slots followed by a chunk's new tokens.
 
-    Shapes: ``k``, ``v`` [B, H, S, D]; ``position`` int32 [B, H, S], -1 where empty; ``state`` name -> [B, H, S].
-    ``layer_idx`` is the layer's number in the model.
+    Shapes: ``k``, ``v`` [B, H, S, D]; ``position`` int32 [B, H, S], -1 where empty; ``state`` name -> [B, H, S];
+    ``rows`` name -> [B, ...], what the policy keeps per sequence. Whoever changes state or rows does it in place.
     """
 
     k: torch.Tensor
     v: torch.Tensor
     position: torch.Tensor
     state: dict[str, torch.Tensor]
-    layer_idx: int = 0
+    layer: LayerFacts = field(default_factory=LayerFacts)
+    rows: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def valid(self) -> torch.Tensor:
+        """bool [B, H, S]: which hold a token."""
+        return self.position >= 0
 
     def with_new(self, new: "Slots") -> "Slots":
         """These slots followed by new tokens (a copy, for the time of one chunk)."""
         state = {name: torch.cat([old, new.state[name]], 2) for name, old in self.state.items()}
         k, v = torch.cat([self.k, new.k], 2), torch.cat([self.v, new.v], 2)
-        return Slots(k, v, torch.cat([self.position, new.position], 2), state, self.layer_idx)
+        return Slots(k, v, torch.cat([self.position, new.position], 2), state, self.layer, self.rows)
 
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (self.k, self.v, self.position, *self.state.values()))
+
+
+@dataclass
+class NewTokens(Slots):
+    """Tokens that arrive, as ``Policy.new_state`` sees them.
+
+    Attributes:
+        q: their own queries [B, Q, T, D], rotated.
+        log_beta: [B, H, T] from the layer's gate, for policies that need it.
+        module: the layer's attention module, for policies with trained parts on it.
+    """
+
+    q: torch.Tensor | None = None
+    log_beta: torch.Tensor | None = None
+    module: object = None
 
 
 class SlotStore:
@@ -43,6 +105,7 @@ class SlotStore:
         k, v: [B, H, C, D].
         position: int32 [B, H, C], index of the token among its row's real tokens; -1 = empty.
         state: name -> [B, H, C], e.g. log_beta.
+        rows: name -> [B, ...], what a policy keeps per sequence; added with ``add_rows``.
         seen: int32 [B], real tokens that each row has seen: the position of its next token.
         used: slots from this index on were never written. A host number, so that a short sequence in a large store
             costs what it needs.
@@ -54,10 +117,10 @@ class SlotStore:
         k_BHTD: torch.Tensor,
         v_BHTD: torch.Tensor,
         state: dict[str, torch.dtype],
-        layer_idx: int = 0,
+        layer: LayerFacts | None = None,
     ):
         B, H, T, _ = k_BHTD.shape
-        self.growing, self.layer_idx, self.used = capacity is None, layer_idx, 0
+        self.growing, self.layer, self.used = capacity is None, layer or LayerFacts(), 0
         self.capacity = max(T, 64) if capacity is None else capacity
         shape, device = (B, H, self.capacity), k_BHTD.device
         self.k = torch.zeros(*shape, k_BHTD.shape[-1], dtype=k_BHTD.dtype, device=device)
@@ -65,6 +128,23 @@ class SlotStore:
         self.position = torch.full(shape, NO_TOKEN, dtype=torch.int32, device=device)
         self.state = {name: torch.zeros(shape, dtype=dtype, device=device) for name, dtype in state.items()}
         self.seen = torch.zeros(B, dtype=torch.int32, device=device)
+        self.rows: dict[str, torch.Tensor] = {}
+        self.row_states: dict[str, RowState] = {}
+
+    def add_rows(self, rows: dict[str, RowState]) -> None:
+        """Makes room for what a policy keeps per sequence, where that is not there yet."""
+        for name, row in rows.items():
+            assert name not in self._per_slot() and name != "seen", name
+            if name not in self.rows:
+                shape = self.seen.shape[0], *row.shape_for(self.capacity)
+                self.rows[name] = torch.zeros(shape, dtype=row.dtype, device=self.seen.device)
+                self.row_states[name] = row
+
+    def reserve(self, tokens: int) -> None:
+        """Makes room for so many more tokens in a store that grows."""
+        end = self.used + tokens
+        if self.growing and end > self.capacity:
+            self._grow(max(end, 2 * self.capacity))
 
     @property
     def valid(self) -> torch.Tensor:
@@ -74,19 +154,18 @@ class SlotStore:
     @property
     def nbytes(self) -> int:
         """Bytes of everything that is stored."""
-        return sum(t.nbytes for t in (*self._per_slot().values(), self.seen))
+        return sum(t.nbytes for t in (*self._per_slot().values(), *self.rows.values(), self.seen))
 
     def view(self) -> Slots:
         """The slots written so far, without a copy."""
         n = self.used
         state = {name: t[:, :, :n] for name, t in self.state.items()}
-        return Slots(self.k[:, :, :n], self.v[:, :, :n], self.position[:, :, :n], state, self.layer_idx)
+        return Slots(self.k[:, :, :n], self.v[:, :, :n], self.position[:, :, :n], state, self.layer, self.rows)
 
     def append(self, new: Slots) -> None:
         """Writes T tokens into the next free slots of every row and head."""
         end = self.used + new.k.shape[2]
-        if self.growing and end > self.capacity:
-            self._grow(max(end, 2 * self.capacity))
+        self.reserve(new.k.shape[2])
         self._fill(slice(self.used, end), new)
         self.used = end
 
@@ -114,6 +193,8 @@ class SlotStore:
             return t.gather(2, index_BHN[..., None].expand(*index_BHN.shape, t.shape[-1]))
 
         state = {name: t.gather(2, index_BHN) for name, t in source.state.items()}
+        if self.growing and index_BHN.shape[2] > self.capacity:
+            self._grow(index_BHN.shape[2])
         self.position.fill_(NO_TOKEN)
         self._fill(slice(0, index_BHN.shape[2]), Slots(pick(source.k), pick(source.v), position_BHN, state))
         self.used = index_BHN.shape[2]
@@ -130,6 +211,8 @@ class SlotStore:
         """Forgets every token, keeps the memory."""
         self.position.fill_(NO_TOKEN)
         self.seen.zero_()
+        for t in self.rows.values():
+            t.zero_()
         self.used = 0
 
     def select_rows(self, index: torch.Tensor) -> None:
@@ -137,14 +220,17 @@ class SlotStore:
         index = index.to(self.seen.device)
         for name, t in self._per_slot().items():
             self._set(name, t.index_select(0, index))
+        for name, t in self.rows.items():
+            self.rows[name] = t.index_select(0, index)
         self.seen = self.seen.index_select(0, index)
 
-    def snapshot(self, row: int) -> dict[str, torch.Tensor]:
-        """A copy of one row: name -> [H, used, ...], and its ``seen``."""
+    def snapshot(self, row: int) -> dict:
+        """A copy of one row: name -> [H, used, ...], its ``seen`` and what its policy keeps per sequence."""
         copy = {name: t[row, :, : self.used].clone() for name, t in self._per_slot().items()}
-        return {**copy, "seen": self.seen[row].clone()}
+        rows = {name: t[row].clone() for name, t in self.rows.items()}
+        return {**copy, "seen": self.seen[row].clone(), "rows": rows, "row_states": dict(self.row_states)}
 
-    def restore(self, row: int, snapshot: dict[str, torch.Tensor]) -> None:
+    def restore(self, row: int, snapshot: dict) -> None:
         """Puts a copied row back, into this store or into another of the same capacity."""
         n = snapshot["position"].shape[1]
         if n > self.capacity:
@@ -155,12 +241,20 @@ class SlotStore:
         for name, t in self._per_slot().items():
             t[row, :, :n] = snapshot[name]
         self.seen[row] = snapshot["seen"]
+        for name, t in snapshot["rows"].items():
+            mine = self.rows[name][row]
+            if self.row_states[name].every:
+                shared = min(len(mine), len(t))  # what the longer one has beyond is unused
+                mine, t = mine[:shared], t[:shared]
+            mine.copy_(t)
         self.used = max(self.used, n)
 
     def move(self, device: torch.device | str) -> None:
         """Moves every tensor to a device."""
         for name, t in self._per_slot().items():
             self._set(name, t.to(device, non_blocking=True))
+        for name, t in self.rows.items():
+            self.rows[name] = t.to(device, non_blocking=True)
         self.seen = self.seen.to(device, non_blocking=True)
 
     def _per_slot(self) -> dict[str, torch.Tensor]:
@@ -184,4 +278,10 @@ class SlotStore:
             larger = t.new_full((*t.shape[:2], capacity, *t.shape[3:]), NO_TOKEN if name == "position" else 0)
             larger[:, :, : t.shape[2]] = t
             self._set(name, larger)
+        for name, state in self.row_states.items():
+            if state.every:
+                t = self.rows[name]
+                larger = t.new_zeros(t.shape[0], *state.shape_for(capacity))
+                larger[:, : t.shape[1]] = t
+                self.rows[name] = larger
         self.capacity = capacity

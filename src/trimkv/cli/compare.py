@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ from .options import model_options, output_options
     "--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Sequences that advance together."
 )
 @click.option("--stepwise", is_flag=True, help="Feed token by token even where one pass gives the same. Slow.")
-@click.option("--output", metavar="FILE.json", help="Write the JSON object to a file, too.")
+@click.option("--output", metavar="FILE.json", help="Write the JSON to a file, with command, machine and versions.")
 @model_options
 @output_options
 def compare(**options):
@@ -47,12 +48,13 @@ def compare(**options):
     device = loading.pick_device(o.device)
     tokenizer = loading.load_tokenizer(o.model)
     ids = _windows(paths, tokenizer, o)
-    model = loading.load_model(o.model, device, loading.pick_dtype(o.dtype, device), choice.gates)
+    dtype = loading.pick_dtype(o.dtype, device)
+    model = loading.load_model(o.model, device, dtype, choice.gates, choice.heads)
     if choice.remark:
         loading.note(choice.remark)
     result = _compare(model, ids, choice.policies, budgets, o)
     if o.output:
-        _write(Path(o.output), result)
+        _write(Path(o.output), {**_made_by(device, dtype), **result})
     if o.as_json:
         show.emit(result)
     else:
@@ -125,6 +127,14 @@ def _check_output(output: str | None) -> None:
     folder = path.parent
     if path.is_dir() or not folder.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
         raise UserError(f"--output {output}: cannot be written there")
+
+
+def _made_by(device: str, dtype: str) -> dict:
+    """What it takes to repeat and to judge the numbers."""
+    from .provenance import environment
+
+    command = shlex.join(["trimkv", *click.get_current_context().obj.arguments])
+    return {"command": command, "environment": environment(), "device": device, "dtype": dtype}
 
 
 def _write(path: Path, result: dict) -> None:

@@ -49,12 +49,14 @@ class Choice:
     Attributes:
         policies: their names.
         gates: as ``attach`` takes them, or None where no policy needs them.
+        heads: what ``attach_heads`` takes, for each baseline among the policies that has trained heads.
         remark: what was chosen on the user's behalf; to be said when the run starts, or nothing.
     """
 
     policies: tuple[str, ...]
     gates: object = None
     remark: str | None = None
+    heads: tuple = ()
 
 
 def choose(wanted: tuple[str, ...], model_name: str, gates: str, several: bool = False) -> Choice:
@@ -62,7 +64,7 @@ def choose(wanted: tuple[str, ...], model_name: str, gates: str, several: bool =
 
     Args:
         wanted: names as typed; empty for the default, the learned policy where gates are at hand.
-        gates: "bundled", "none", a folder or a hub id.
+        gates: "bundled", "none", a folder or a hub id; folders with heads of baselines, commas between.
         several: the default is the learned policy beside the untrained one.
 
     Raises:
@@ -73,6 +75,7 @@ def choose(wanted: tuple[str, ...], model_name: str, gates: str, several: bool =
     for name in wanted:
         with mendable():
             make(name)
+    gates, heads = _choose_heads(wanted, model_name, gates)
     missing = remark = None
     if gates == "none":
         missing = "--gates none was given"
@@ -90,15 +93,37 @@ def choose(wanted: tuple[str, ...], model_name: str, gates: str, several: bool =
             f"name some with --gates, or choose a policy without ({free})"
         )
     if gates in ("bundled", "none"):
-        return Choice(wanted, gates if gated else None, remark)
+        return Choice(wanted, gates if gated else None, remark, heads)
     if _is_path(gates) and not Path(gates).expanduser().exists():
         raise UserError(f"{gates}: no such gate set")
     if not gated:
-        return Choice(wanted, None, f"--gates {gates} is not used: {', '.join(wanted)} decides without gates")
+        return Choice(wanted, None, f"--gates {gates} is not used: {', '.join(wanted)} decides without gates", heads)
     from .. import load_gates
 
     with mendable((ValueError, OSError)), quiet():
-        return Choice(wanted, load_gates(os.path.expanduser(gates)))
+        return Choice(wanted, load_gates(os.path.expanduser(gates)), heads=heads)
+
+
+def _choose_heads(wanted: tuple[str, ...], model_name: str, gates: str) -> tuple[str, tuple]:
+    """What --gates says of gates, and the heads of each baseline that has trained ones: given there, or bundled."""
+    from ..cache.policies import POLICIES
+    from ..gates.head_sets import META, bundled_heads, load_heads
+
+    named = [part.strip() for part in gates.split(",")]
+    given, rest = {}, []
+    for name in named:
+        if (Path(name).expanduser() / META).is_file():
+            with mendable():
+                heads = load_heads(Path(name).expanduser())
+            given[heads.kind] = heads
+        else:
+            rest.append(name)
+    for kind in (name for name in wanted if POLICIES[name].head):
+        if kind not in given:
+            if gates == "none" or not _known(model_name, bundled_heads(kind)):
+                raise UserError(f"policy {kind} needs trained heads, none ship for {model_name}: --gates FOLDER")
+            given[kind] = kind
+    return ",".join(rest) or "bundled", tuple(given[name] for name in wanted if name in given)
 
 
 def check_budget(budget, policies: tuple[str, ...]) -> None:
@@ -145,8 +170,8 @@ def load_tokenizer(name: str):
             raise UserError(f"cannot load the tokenizer of {name!r}: {one_line(error, limit=240)}") from error
 
 
-def load_model(name: str, device: str, dtype: str, gates=None):
-    """The model on its device, with gates where asked for. Whatever is wrong with a checkpoint is a UserError."""
+def load_model(name: str, device: str, dtype: str, gates=None, heads=()):
+    """The model on its device, with gates and heads where asked for. A broken checkpoint is a UserError."""
     import torch
 
     place = _place(name)
@@ -170,6 +195,11 @@ def load_model(name: str, device: str, dtype: str, gates=None):
 
             with mendable():
                 attach(model, gates)
+        for one in heads:
+            from ..gates.head_sets import attach_heads
+
+            with mendable():
+                attach_heads(model, one)
     return model
 
 
@@ -235,10 +265,16 @@ def _is_path(name: str) -> bool:
 
 
 def _bundled_for(model_name: str) -> bool:
-    """Whether gates ship for a model: a hub id and a local copy of it share the last part of their path."""
+    """Whether gates ship for a model."""
     from ..gates import bundled
+
+    return _known(model_name, bundled())
+
+
+def _known(model_name: str, names) -> bool:
+    """Whether a model is among names: a hub id and a local copy of it share the last part of their path."""
 
     def last(path: str) -> str:
         return path.rstrip("/").rsplit("/", 1)[-1].lower()
 
-    return last(model_name) in map(last, bundled())
+    return last(model_name) in map(last, names)

@@ -41,7 +41,7 @@ class Run:
         from .. import bounded_cache
 
         o = self.options
-        model = loading.load_model(o.model, self.device, self.dtype, self.choice.gates)
+        model = loading.load_model(o.model, self.device, self.dtype, self.choice.gates, self.choice.heads)
         with mendable():
             cache = bounded_cache(model, policy=self.policy, budget=self.budget, chunk=o.prefill_chunk)
         if self.choice.remark:

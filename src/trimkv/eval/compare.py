@@ -206,5 +206,5 @@ def _grid(policies, budgets, device) -> list[tuple[_Cell, Budget]]:
     grid = []
     for policy in map(make, policies):
         cells = [_Cell(policy, Budget.of(budget), device) for budget in budgets]
-        grid += [(cell if policy.bounded else cells[0], cell.budget) for cell in cells]
+        grid += [(cell if policy.bounded or policy.selects else cells[0], cell.budget) for cell in cells]
     return grid

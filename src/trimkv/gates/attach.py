@@ -44,7 +44,10 @@ def attach(model, gates: str | Path | GateSet = "bundled"):
 
 def detach(model):
     """Takes off gates and hooks, those of bounded caches too: the model is stock again. Returns the model."""
+    from .head_sets import detach_heads
+
     detach_gates(model)
+    detach_heads(model)
     hooks = getattr(model, "_trimkv_hooks", None)  # put there by the cache room, which this room does not know
     if hooks is not None:
         hooks.remove(model)

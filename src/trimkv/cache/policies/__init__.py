@@ -1,12 +1,41 @@
 """One file a policy, one table of names."""
 
 from .base import Policy
+from .expected_attention import ExpectedAttention
 from .full import Full
+from .h2o import H2O
+from .keydiff import KeyDiff
+from .knorm import Knorm
+from .lagkv import LagKV
+from .locret import Locret
+from .r_kv import RKV
 from .random import Random
-from .streaming_llm import StreamingLLM
+from .seer_attention_r import SeerAttentionR
+from .snapkv import SnapKV
+from .streaming_llm import StreamingLLM, StreamingLLMCache
+from .tova import Tova
 from .trimkv import TrimKV
 
-POLICIES: dict[str, type[Policy]] = {cls.name: cls for cls in (Full, TrimKV, StreamingLLM, Random)}
+POLICIES: dict[str, type[Policy]] = {
+    cls.name: cls
+    for cls in (
+        Full,
+        TrimKV,
+        StreamingLLM,
+        StreamingLLMCache,
+        H2O,
+        Tova,
+        KeyDiff,
+        Knorm,
+        LagKV,
+        SnapKV,
+        RKV,
+        Locret,
+        SeerAttentionR,
+        ExpectedAttention,
+        Random,
+    )
+}
 
 
 def make(policy: "str | Policy", **options) -> Policy:

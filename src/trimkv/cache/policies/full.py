@@ -7,6 +7,9 @@ class Full(Policy):
     name = "full"
     source = "the stock cache"
     bounded = False
+    formula = "none"
+    evicts = "never"
+    peak_decode = peak_prefill = "all tokens"
 
     def score(self, slots, now_B11):
         return slots.position.float()

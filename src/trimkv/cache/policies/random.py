@@ -26,6 +26,7 @@ class Random(Policy):
 
     name = "random"
     source = "control"
+    formula = "hash(seed, layer, head, position, now)"
 
     def __init__(self, seed: int = 0):
         self.seed = seed
@@ -33,6 +34,6 @@ class Random(Policy):
     def score(self, slots, now_B11):
         head = torch.arange(slots.position.shape[1], device=slots.position.device)[None, :, None]
         x = _mix(slots.position.to(torch.int64) + _int64(_GOLDEN * (self.seed + 1)))
-        x = _mix(x + _GOLDEN * (head + slots.layer_idx * 65537 + 1))
+        x = _mix(x + _GOLDEN * (head + slots.layer.idx * 65537 + 1))
         x = _mix(x + _GOLDEN * now_B11.to(torch.int64))
         return (x & 0xFFFFFF).float()

@@ -20,6 +20,11 @@ class TrimKV(Policy):
     trained = True
     source = "arXiv 2512.03324, section 4; ngocbh/trimkv@0456bc4"
     state = {"log_beta": torch.float32}
+    formula = "age * log beta"
+    deviations = (
+        "The released code attends first and then cuts M + W to M (here: a Budget with a buffer, or TrimKVCache), and "
+        'counts ages one higher (distance="reference").'
+    )
 
     def __init__(self, strategy: str = "alpha", distance: str = "exact"):
         if strategy not in STRATEGIES:
@@ -31,8 +36,8 @@ class TrimKV(Policy):
             self.needs = frozenset({"log_beta", "keys"})
             self.state = {**self.state, "log_norm": torch.float32}
 
-    def new_state(self, new, log_beta_BHT):
-        state = {"log_beta": log_beta_BHT.float()}
+    def new_state(self, new):
+        state = {"log_beta": new.log_beta.float()}
         if self.strategy == "knorm_alpha":
             state["log_norm"] = new.k.float().norm(dim=-1).log()
         return state
