@@ -14,21 +14,12 @@ import time
 
 import torch
 from record import save
+from shapes import SMOLLM2
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from trimkv.train.config import GateConfig
 from trimkv.train.trainer import train
 
-SMOLLM2 = {
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "vocab_size": 49152,
-    "max_position_embeddings": 8192,
-    "tie_word_embeddings": True,
-}
 HOW = {
     "plain": {},
     "cuda_graph": {"checkpointing": False, "cuda_graph": True},

@@ -1,6 +1,7 @@
 """Who may import whom: the picture in the README stays true only while this passes."""
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -110,6 +111,27 @@ def test_viz_reads_files_and_never_touches_torch():
             module = ".".join(path.relative_to(ROOT.parent).with_suffix("").parts)
             names = {name.split(".")[0] for name in imported_modules(path.read_text(), module, False)}
             assert not names & {"torch", "transformers"}, path
+
+
+def test_drawing_a_saved_result_loads_no_torch(tmp_path):
+    """`trimkv compare --from RESULT --figure FILE` answers in the time that matplotlib takes."""
+    row = {"policy": "random", "budget": 8, "kl": 0.5, "perplexity": 2.0, "top1_agreement": 0.5}
+    rows = [
+        {**row, "tokens": 9, "peak_tokens_per_head": 8},
+        {**row, "budget": 16, "kl": 0.1, "peak_tokens_per_head": 16},
+    ]
+    result = {"rows": rows, "full_perplexity": 1.5, "model": "m", "context": 10, "sequences": 1}
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    arguments = ["compare", "--from", str(tmp_path / "result.json"), "--figure", str(tmp_path / "f.svg")]
+    program = (
+        "import sys\n"
+        "from trimkv.cli.app import run\n"
+        f"code = run({arguments})\n"
+        "print(code, [m for m in ('torch', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "0 []", done.stderr
+    assert (tmp_path / "f.svg").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("room", NEEDS_NO_TORCH)

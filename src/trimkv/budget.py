@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-SCOPES = ("head",)
+SCOPES = ("head", "layer", "global")
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,14 @@ class Budget:
             to at most M + W tokens. 0 evicts one token at every step, before attention.
         sinks: the first tokens of a sequence that are never evicted (StreamingLLM, arXiv 2309.17453).
         recent: the newest tokens that are never evicted.
-        scope: "head" gives every KV head its own M.
+        scope: "head" gives every KV head its own M. "layer" gives the H heads of a layer M x H tokens together, and
+            "global" the heads of all L layers M x L x H; the tokens worth most stay, whatever their head. M is then the
+            mean over the heads that share, and what is said of sinks and recent tokens holds for each head.
+        floor: share of M that each head is sure of where heads share; 1 is scope "head". 0 as published (TRIM-KV's
+            dynamic budgets, ngocbh/trimkv@0456bc4); what a head is sure of counts towards its share.
+        ceiling: no head that shares holds more than this many times M.
+        threshold: where heads share, tokens that score less than log(threshold) go even where there is room; for
+            TRIM-KV that is beta^age < threshold. 0 lets them stay. Not together with a floor, as published.
 
     Raises:
         ValueError: with a one-line message that says what to change.
@@ -26,6 +33,9 @@ class Budget:
     sinks: int = 0
     recent: int = 0
     scope: str = "head"
+    floor: float = 0.0
+    ceiling: float = 4.0
+    threshold: float = 0.0
 
     def __post_init__(self):
         for name in ("tokens", "buffer", "sinks", "recent"):
@@ -44,6 +54,33 @@ class Budget:
             )
         if self.scope not in SCOPES:
             raise ValueError(f"budget: scope must be one of {', '.join(SCOPES)}, got {self.scope!r}")
+        if not 0 <= self.floor <= 1:
+            raise ValueError(f"budget: floor must be a share between 0 and 1, got {self.floor!r}")
+        if not 1 <= self.ceiling < float("inf"):
+            raise ValueError(f"budget: ceiling must be a number of at least 1, got {self.ceiling!r}")
+        if not 0 <= self.threshold < 1:
+            raise ValueError(f"budget: threshold must be a number from 0 to below 1, got {self.threshold!r}")
+        if (self.floor or self.threshold) and not self.shared:
+            name = "floor" if self.floor else "threshold"
+            raise ValueError(f"budget: a {name} is for heads that share a budget; use scope layer or global with it")
+        if self.floor and self.threshold:
+            raise ValueError("budget: a threshold leaves no head sure of a floor; use one of them")
+        if self.buffer and self.shared:
+            raise ValueError(f"budget: scope {self.scope} takes no buffer; leave it out")
+
+    @property
+    def shared(self) -> bool:
+        """Whether heads share a budget."""
+        return self.scope != "head"
+
+    @property
+    def least(self) -> int:
+        """Tokens that each head is sure of where heads share."""
+        return int(self.floor * self.tokens + 1e-9)
+
+    def most(self, heads: int) -> int:
+        """Tokens that one of so many heads that share may hold."""
+        return min(int(self.ceiling * self.tokens + 1e-9), self.tokens * heads)
 
     @property
     def slots(self) -> int:
@@ -70,4 +107,10 @@ def bytes_per_sequence(config, budget: "int | Budget", dtype_bytes: int = 2, sta
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     types = getattr(config, "layer_types", None)
     layers = config.num_hidden_layers if types is None else list(types).count("full_attention")
-    return layers * heads * Budget.of(budget).slots * (2 * head_dim * dtype_bytes + 4 + state_bytes)
+    budget, slot_bytes = Budget.of(budget), 2 * head_dim * dtype_bytes + 4 + state_bytes
+    if not budget.shared:
+        return layers * heads * budget.slots * slot_bytes
+    pools, sharing = (1, layers * heads) if budget.scope == "global" else (layers, heads)
+    # A slot more than tokens, a 4-byte note at each slot of who has it, and lists of 4-byte numbers (cache/pool.py).
+    lists = sharing * budget.most(sharing) + 1
+    return pools * ((sharing * budget.tokens + 1) * (slot_bytes + 4) + 4 * lists)

@@ -19,7 +19,7 @@ FORMULAE = [
     ("keydiff", "keydiff", {}, {}),
     ("tova", "tova", {}, {}),
     ("h2o", "h2o", {}, {}),
-    ("h2o_age", "h2o", {"age_normalised": True}, {}),
+    ("h2o_age", "h2o_normalised", {}, {}),
     ("lagkv", "lagkv", {"sinks": 2, "lag": 3}, {"first": 2}),
     ("lagkv", "lagkv", {}, {"first": 4}),
     ("streaming_llm", "streaming_llm_cache", {"sinks": 2}, {}),
@@ -160,6 +160,17 @@ def test_lagkv_survives_constant_channels():
         assert out.isfinite().all()
         assert [len(set(head)) for head in kept[0]] == [20, 20]
     assert layer.policy.score(layer.store.view(), layer.store.seen[:, None, None]).isfinite().all()
+
+
+def test_second_names_are_the_first_ones_with_an_option():
+    """`compare` knows policies by their names alone."""
+    h2o, near = make("h2o_normalised"), make("expected_attention_32")
+    assert h2o.age_normalised and make("h2o", age_normalised=True).name == h2o.name and make("h2o").name == "h2o"
+    assert (near.future, near.sinks, near.covariance) == (32, 4, True)
+    assert make("expected_attention").future == 512 and make("expected_attention_32", sinks=0).sinks == 0
+    for name, first in (("h2o_normalised", "h2o"), ("expected_attention_32", "expected_attention")):
+        cls = POLICIES[name]
+        assert cls.deviations != POLICIES[first].deviations and cls.__doc__ != POLICIES[first].__doc__
 
 
 def test_tova_keeps_one_set_for_all_heads_of_a_layer():

@@ -13,7 +13,8 @@ import trimkv
 from tiny_text import save_model
 from trimkv.cli.app import run
 
-KEYS = {"steps", "tokens", "seconds", "tokens_per_second", "final_kl", "final_capacity", "final_occupancy", "output"}
+SHARED = {"method", "steps", "tokens", "seconds", "tokens_per_second", "final_kl", "final_capacity", "output"}
+KEYS = {*SHARED, "final_occupancy"}
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +57,7 @@ def test_what_can_be_mended_is_one_line_and_writes_nothing(capsys, folder, tmp_p
     (tmp_path / "blank.jsonl").write_text("\n\n")
     common = ("train", "--model", folder, "--output", out_folder)
     for arguments, message in (
+        (("--data", text, "--fast", "--device", "cpu"), "--fast is for a GPU"),
         ((), "no data"),
         (("--data", tmp_path / "none.txt"), "none.txt"),
         (("--data", text, "--steps", 1), "tokens"),
@@ -88,6 +90,90 @@ def settings(folder, text, output, *more):
     return ("train", *common, "--batch-size", 1, "--steps", 4, "--intermediate-size", 8, *more)
 
 
+FINAL = {"locret": {"final_regression", "final_smoothness"}, "seer_attention_r": {"final_distillation"}}
+
+
+def head_settings(folder, text, output, method, *more):
+    common = ("--model", folder, "--data", text, "--output", output, "--method", method, "--context", 64)
+    return ("train", *common, "--batch-size", 1, "--steps", 4, "--width", 8, *more)
+
+
+@pytest.mark.parametrize("method", FINAL)
+def test_a_baselines_heads_are_trained_resumed_continued_and_used(method, capsys, folder, text, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    size = ("--block-size", 4) if method == "seer_attention_r" else ()
+    arguments = head_settings(folder, text, one, method, "--save-steps", 2, *size)
+    code, out, err = trim(capsys, *arguments, "--json")
+    assert code == 0, err
+    found = json.loads(out.splitlines()[-1])
+    assert set(found) == SHARED | FINAL[method] and found["method"] == method
+    assert found["steps"] == 4 and found["tokens"] == 4 * 64 and found["final_capacity"] is None
+    assert (found["final_kl"] is None) == (method == "locret")
+    meta = json.loads((one / "heads.json").read_text())
+    assert (meta["kind"], meta["width"], meta["data"], meta["base_model"]) == (method, 8, "a.txt", folder)
+    warmup, steps = (2000, 3000) if method == "locret" else (20, 800)
+    assert meta["settings"]["warmup_steps"] == warmup * 4 // steps  # the published share of the steps
+    name = next(iter(FINAL[method]))
+    code, out, err = trim(capsys, *arguments, "--resume", "--json")
+    assert code == 0 and json.loads(out.splitlines()[-1])[name] == pytest.approx(found[name]), err
+    code, out, err = trim(capsys, *head_settings(folder, text, two, method, "--gates", one, *size))
+    assert code == 0 and name.removeprefix("final_") in out and "4 steps" in out, err
+    options = ("--gates", two, "--policy", method, "--budget", 16, "--max-new-tokens", 4, "--json")
+    code, out, err = trim(capsys, "generate", "--model", folder, "--prompt", "A fox ran over the hill", *options)
+    assert code == 0 and json.loads(out.splitlines()[-1])["policy"] == method, err
+
+
+@pytest.mark.parametrize(
+    "method, arguments, message",
+    [
+        ("locret", ["--budget", 32], "--budget means nothing to --method locret"),
+        ("locret", ["--stage", "decay"], "--stage"),
+        ("seer_attention_r", ["--losses", "kl"], "--losses"),
+        ("seer_attention_r", ["--response-only"], "--response-only"),
+        ("locret", ["--block-size", 16], "--block-size means nothing to --method locret"),
+        ("trimkv", [], "--width means nothing to --method trimkv"),
+        ("h2o", [], "--method"),
+        ("locret", ["--gates", "./nowhere"], "no heads in nowhere"),
+        ("seer_attention_r", ["--width", 7], "must be even"),
+        ("locret", ["--resume"], "no checkpoint to resume"),
+    ],
+)
+def test_options_that_a_method_does_not_have(method, arguments, message, capsys, folder, text, tmp_path):
+    code, out, err = trim(capsys, *head_settings(folder, text, tmp_path / "out", method), *arguments)
+    assert code == 2 and message in err and len(err.strip().splitlines()) == 1 and out == "", err
+    assert not (tmp_path / "out").exists()
+
+
+def test_heads_of_another_method(capsys, folder, text, tmp_path):
+    assert trim(capsys, *head_settings(folder, text, tmp_path / "one", "locret", "--save-steps", 2))[0] == 0
+    other = head_settings(folder, text, tmp_path / "two", "seer_attention_r", "--gates", tmp_path / "one")
+    code, _, err = trim(capsys, *other)
+    assert code == 2 and "heads of locret" in err and not (tmp_path / "two").exists()
+    before = {path: path.read_bytes() for path in (tmp_path / "one").rglob("*") if path.is_file()}
+    for arguments in (
+        head_settings(folder, text, tmp_path / "one", "seer_attention_r", "--resume"),
+        settings(folder, text, tmp_path / "one", "--resume"),
+    ):
+        code, _, err = trim(capsys, *arguments)
+        assert code == 2 and len(err.strip().splitlines()) == 1, err
+    assert {path: path.read_bytes() for path in (tmp_path / "one").rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("method", ["trimkv", *FINAL])
+def test_the_live_line_shows_what_is_learnt(method, monkeypatch):
+    from types import SimpleNamespace
+
+    from trimkv.cli import train
+
+    said = []
+    monkeypatch.setattr("rich.progress.Progress.update", lambda self, task, **what: said.append(what["description"]))
+    names = {"trimkv": ["kl", "capacity", "occupancy"], "locret": ["regression"], "seer_attention_r": ["kl"]}[method]
+    with train._bar(4) as (bar,):
+        bar.on_log(None, SimpleNamespace(global_step=1), None, {"loss": 1.0, **dict.fromkeys(names, 0.5)})
+        bar.on_log(None, SimpleNamespace(global_step=1), None, {"train_runtime": 1.0})
+    assert len(said) == 1 and names[0] in said[0] and "0.5" in said[0]
+
+
 @pytest.mark.parametrize("architecture", ["gpt2", "mamba"])
 def test_a_model_without_supported_layers(architecture, capsys, text, tmp_path):
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -99,9 +185,11 @@ def test_a_model_without_supported_layers(architecture, capsys, text, tmp_path):
     config = AutoConfig.for_model(architecture, vocab_size=VOCABULARY, **sizes)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "other")
     byte_tokenizer().save_pretrained(tmp_path / "other")
-    code, _, err = trim(capsys, *settings(tmp_path / "other", text, tmp_path / "out"))
-    assert code == 2 and len(err.strip().splitlines()) == 1, err
-    assert "no full-attention layers" in err and not (tmp_path / "out").exists()
+    for arguments in (settings, head_settings):
+        more = ("locret",) if arguments is head_settings else ()
+        code, _, err = trim(capsys, *arguments(tmp_path / "other", text, tmp_path / "out", *more))
+        assert code == 2 and len(err.strip().splitlines()) == 1, err
+        assert "no full-attention layers" in err and not (tmp_path / "out").exists()
 
 
 def test_a_report_needs_its_package(capsys, folder, text, tmp_path, monkeypatch):

@@ -55,6 +55,11 @@ class BoundedCache(Cache):
         return [layer for layer in self.layers if isinstance(layer, BoundedLayer)]
 
     @property
+    def stores(self) -> list:
+        """Where tokens are kept: a store per layer, or one that several layers share."""
+        return list(dict.fromkeys(layer.store for layer in self.slot_layers if layer.store is not None))
+
+    @property
     def all_slots(self) -> bool:
         """Whether no layer needs a mask from transformers."""
         return len(self.slot_layers) == len(self.layers)
@@ -79,18 +84,24 @@ class BoundedCache(Cache):
     @property
     def held_tokens(self) -> int:
         """Tokens that a KV head holds now (the largest over rows and heads). Waits for the device."""
-        stores = [layer.store for layer in self.slot_layers if layer.store is not None]
-        return max((int(store.valid.sum(-1).max()) for store in stores), default=0)
+        return max((int(store.held.max()) for store in self.stores), default=0)
 
     @property
     def peak_prefill_tokens(self) -> int:
-        """The most tokens per head that a forward of several tokens has attended to: at most M (+ W) + chunk."""
-        return max((layer.peak_prefill_tokens for layer in self.slot_layers), default=0)
+        """The most tokens per head that a forward of several tokens has attended to: at most M (+ W) + chunk, where
+        heads do not share a budget. Waits for the device where they do."""
+        return int(max((layer.peak_prefill_tokens for layer in self.slot_layers), default=0))
 
     @property
     def peak_decode_tokens(self) -> int:
-        """The most tokens per head that a single token has attended to: at most M (+ W)."""
-        return max((layer.peak_decode_tokens for layer in self.slot_layers), default=0)
+        """The most tokens per head that a single token has attended to: at most M (+ W), where heads do not share a
+        budget. Waits for the device where they do."""
+        return int(max((layer.peak_decode_tokens for layer in self.slot_layers), default=0))
+
+    @property
+    def peak_mean_tokens(self) -> float:
+        """As ``peak_decode_tokens``, but the mean over the heads that share a budget: at most M."""
+        return float(max((layer.peak_mean_tokens for layer in self.slot_layers), default=0))
 
     @property
     def peak_tokens(self) -> int:
@@ -99,7 +110,7 @@ class BoundedCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes held between two forwards by all layers."""
-        return sum(layer.store.nbytes for layer in self.slot_layers if layer.store is not None) + self._other_bytes
+        return sum(store.nbytes for store in self.stores) + self._other_bytes
 
     @property
     def peak_bytes(self) -> int:
@@ -108,13 +119,7 @@ class BoundedCache(Cache):
 
     def full_cache_bytes(self, tokens: int) -> int:
         """Bytes of keys and values that the stock cache would hold for this many tokens per row."""
-        total = self._other_bytes
-        for layer in self.slot_layers:
-            if layer.store is not None:
-                B, H = layer.store.k.shape[:2]
-                width = layer.store.k.shape[-1] + layer.store.v.shape[-1]
-                total += B * H * width * tokens * layer.store.k.element_size()
-        return total
+        return self._other_bytes + self._rows() * tokens * sum(store.bytes_per_token for store in self.stores)
 
     @property
     def _other_bytes(self) -> int:
@@ -165,7 +170,7 @@ class BoundedCache(Cache):
                 self.layers[i] = _copy(entry["layer"])
 
     def _rows(self) -> int:
-        stores = [layer.store for layer in self.slot_layers if layer.store is not None]
+        stores = self.stores
         return stores[0].seen.shape[0] if stores else 0
 
     # Refused.

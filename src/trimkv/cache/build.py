@@ -6,8 +6,9 @@ from ..budget import Budget
 from .bounded import BoundedCache
 from .hooks import attention_modules, install
 from .layers import BoundedLayer
-from .policies import Policy, make
+from .policies import POLICIES, Policy, make
 from .rotation import rotation_of
+from .shared import Share, SharedLayer
 
 DEFAULT_CHUNK = 512
 
@@ -25,7 +26,8 @@ def bounded_cache(
         policy: a name from ``trimkv policies`` or a Policy.
         budget: tokens per KV head, or a Budget.
         chunk: tokens of a prompt that attend together before an eviction: a prompt never holds more than
-            budget + chunk tokens per head. None lets every forward attend in full and evicts after it.
+            budget + chunk tokens per head. None lets every forward attend in full and evicts after it. A budget of
+            scope "global" takes no longer forwards than this: feed prompts with ``prefill``.
 
     Raises:
         ValueError: unknown policy, impossible budget, missing gates, a model that cannot be served from slots.
@@ -38,9 +40,24 @@ def bounded_cache(
             f"budget: {budget.tokens} tokens leave no room beside the {policy.sinks} sinks of {policy.name} and "
             f"{budget.recent} recent tokens"
         )
+    check_sharing(policy, budget)
     layers = make_layers(model, policy, budget, chunk)
     install(model)
     return BoundedCache(layers)
+
+
+def check_sharing(policy: Policy, budget: Budget) -> None:
+    """Refuses a budget that heads shall share by scores that say nothing across heads.
+
+    Raises:
+        ValueError: such a policy; the message names those that can.
+    """
+    if budget.shared and policy.bounded and not policy.comparable:
+        known = ", ".join(name for name, cls in POLICIES.items() if cls.comparable)
+        raise ValueError(
+            f"budget: the scores of {policy.name} mean nothing across heads, so they cannot share a budget; use scope "
+            f"head, or a policy whose scores can be compared ({known})"
+        )
 
 
 def make_layers(model, policy: Policy, budget: Budget, chunk: int | None) -> list:
@@ -66,12 +83,19 @@ def make_layers(model, policy: Policy, budget: Budget, chunk: int | None) -> lis
             )
     policy = policy.fitted({i: modules[i] for i in slot_layers})
     turns = {i: rotation_of(model, modules[i]) for i in slot_layers} if "rotation" in policy.needs else {}
-    return [
-        BoundedLayer(policy, budget, chunk, i, turns.get(i))
-        if kind == "full_attention"
-        else DYNAMIC_LAYER_TYPE_MAPPING[kind](**options)
-        for i, kind in enumerate(types)
-    ]
+    if budget.shared and policy.bounded:
+        slots = shared_layers(policy, budget, chunk, slot_layers)
+    else:
+        slots = {i: BoundedLayer(policy, budget, chunk, i, turns.get(i)) for i in slot_layers}
+    return [slots[i] if i in slots else DYNAMIC_LAYER_TYPE_MAPPING[kind](**options) for i, kind in enumerate(types)]
+
+
+def shared_layers(policy: Policy, budget: Budget, chunk: int | None, numbers: list[int]) -> dict[int, SharedLayer]:
+    """Layers by number, in the order of the forward pass, whose heads share a budget by layer or all together."""
+    if budget.scope == "global":
+        share = Share(len(numbers))
+        return {i: SharedLayer(policy, budget, chunk, i, share, place) for place, i in enumerate(numbers)}
+    return {i: SharedLayer(policy, budget, chunk, i, Share(1)) for i in numbers}
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -74,6 +74,11 @@ class BoundedLayer(CacheLayerMixin):
 
     # What transformers' attention modules and generate call.
 
+    @property
+    def peak_mean_tokens(self) -> float:
+        """The mean over heads of the most tokens that a single token has attended to: all hold equally many."""
+        return self.peak_decode_tokens
+
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         capacity = self.budget.slots if self.policy.bounded and not self.policy.grows else None

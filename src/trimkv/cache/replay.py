@@ -17,8 +17,9 @@ QUERIES = 128  # that attend together: a mask is [B, H, 128, M + 128], never T x
 
 def replayable(policy: Policy, budget: Budget) -> bool:
     """Whether what a layer keeps can be known before its attention runs: scores without later queries, keys seen where
-    they are, no buffer, no row state."""
-    return not (policy.observes or policy.moves_keys or policy.grows or policy.selects) and budget.buffer == 0
+    they are, no buffer, no row state, no budget that heads share."""
+    stepwise = policy.observes or policy.moves_keys or policy.grows or policy.selects
+    return not stepwise and budget.buffer == 0 and not budget.shared
 
 
 def replay_cache(model, policy: str | Policy, budget: int | Budget) -> BoundedCache:

@@ -25,9 +25,8 @@ def follow_long_rope(decoder, cache: BoundedCache, position_ids: torch.Tensor | 
     cache.long_rope = True
     short = rotary.original_inv_freq
     long, _ = ROPE_INIT_FUNCTIONS["longrope"](rotary.config, short.device, seq_len=original_context + 1)
-    for layer in cache.slot_layers:
-        if layer.store is not None:
-            rotate(layer.store.k, layer.store.position, long.to(short) - short)
+    for store in cache.stores:
+        rotate(store.k, store.position, long.to(short) - short)
 
 
 def rotate(k_BHSD: torch.Tensor, position_BHS: torch.Tensor, frequency: torch.Tensor) -> None:

@@ -156,6 +156,16 @@ class SlotStore:
         """Bytes of everything that is stored."""
         return sum(t.nbytes for t in (*self._per_slot().values(), *self.rows.values(), self.seen))
 
+    @property
+    def held(self) -> torch.Tensor:
+        """int64 [B, H]: tokens that each head holds."""
+        return self.valid.sum(-1)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one token's keys and values in all heads of a row."""
+        return self.k.shape[1] * (self.k.shape[-1] + self.v.shape[-1]) * self.k.element_size()
+
     def view(self) -> Slots:
         """The slots written so far, without a copy."""
         n = self.used

@@ -1,31 +1,50 @@
 """``trimkv compare``: what a policy costs in quality, on your text."""
 
+import importlib.util
 import json
 import os
 import shlex
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
 import click
 
 from . import loading, show
-from .errors import UserError, mendable
-from .options import model_options, output_options
+from .errors import UserError, mendable, one_line
+from .options import model_options, output_options, sharing_options
+from .partial import Partial, digest, trained_parts
+
+ALL = "all"
+FIGURES = (".png", ".svg", ".pdf")
 
 
 @click.command(short_help="Measure what policies cost in quality on your text.")
 @click.option("--text", "texts", multiple=True, metavar="FILE...", help="A .txt or .jsonl file, also .gz.")
 @click.argument("more_texts", nargs=-1, metavar="")
 @click.option("--context", type=click.IntRange(min=2), default=2048, show_default=True, help="Tokens per sequence.")
-@click.option("--policies", help="Names with commas between.  [default: trimkv where there are gates; streaming_llm]")
+@click.option(
+    "--policies",
+    help="Names with commas between, or all: every policy but those whose trained gates or heads are missing.  "
+    "[default: trimkv where there are gates; streaming_llm]",
+)
 @click.option("--budgets", default="64,128", show_default=True, help="Tokens per head, with commas between.")
 @click.option("--max-sequences", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option(
     "--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Sequences that advance together."
 )
 @click.option("--stepwise", is_flag=True, help="Feed token by token even where one pass gives the same. Slow.")
-@click.option("--output", metavar="FILE.json", help="Write the JSON to a file, with command, machine and versions.")
+@click.option(
+    "--output",
+    metavar="FILE.json",
+    help="Write the JSON to a file, with command, machine and versions. Until all is measured it grows in "
+    "FILE.json.part, from which the same command goes on after a kill.",
+)
+@click.option("--figure", metavar="FILE", help="Draw KL against budget into a .png, .svg or .pdf file.")
+@click.option("--from", "source", metavar="FILE.json", help="Show or draw a saved result; nothing is measured.")
+@sharing_options
 @model_options
 @output_options
 def compare(**options):
@@ -36,13 +55,20 @@ def compare(**options):
     is the same.
     """
     o = SimpleNamespace(**options)
-    policies, budgets = _names(o.policies), _budgets(o.budgets)
+    _check_figure(o.figure)
+    if o.source:
+        _show(_saved(o), o)
+        return
+    policies, budgets = _names(o.policies), _budgets(o)
     paths = [*o.texts, *o.more_texts]
     _check_texts(paths)
     _check_output(o.output)
     loading.check_model_name(o.model)
     loading.import_torch()
-    choice = loading.choose(policies, o.model, o.gates, several=True)
+    left_out, every = [], policies == (ALL,)
+    if every:
+        policies, left_out = loading.runnable(o.model, o.gates)
+    choice = loading.choose(policies, o.model, o.gates, several=o.scope == "head")  # few policies can share
     for budget in budgets:
         loading.check_budget(budget, choice.policies)
     device = loading.pick_device(o.device)
@@ -52,39 +78,130 @@ def compare(**options):
     model = loading.load_model(o.model, device, dtype, choice.gates, choice.heads)
     if choice.remark:
         loading.note(choice.remark)
-    result = _compare(model, ids, choice.policies, budgets, o)
-    if o.output:
-        _write(Path(o.output), {**_made_by(device, dtype), **result})
+    chosen, refused = _fitting(model, choice.policies, budgets[0], every, o.seed)
+    _note_left_out(left_out, refused)
+    partial = Partial(o.output, _settings(model, ids, chosen, budgets, device, dtype, o))
+    result = {**_measure(model, ids, chosen, budgets, partial, o), "left_out": left_out + refused}
+    partial.finish({**_made_by(device, dtype), **result})
+    _show(result, o)
+
+
+def _show(result: dict, o: SimpleNamespace) -> None:
     if o.as_json:
         show.emit(result)
     else:
         _print(result)
+    if o.figure:
+        from ..viz.compare import draw
+
+        with mendable((ValueError, OSError), doing=f"--figure {o.figure}"):
+            draw(result, o.figure)
 
 
-def _compare(model, ids, policies, budgets, o: SimpleNamespace) -> dict:
+def _fitting(model, names: tuple[str, ...], budget, every: bool, seed: int) -> tuple[list, list[dict]]:
+    """The policies that this model can be served with. Of ``every`` policy some may be left out; of named ones none."""
     from .. import bounded_cache
     from ..cache.policies import make
+
+    chosen, refused = [], []
+    for name in names:
+        policy = make(name, seed=seed) if name == "random" else make(name)
+        try:
+            bounded_cache(model, policy, budget)
+        except ValueError as error:  # said here and not within the measurement
+            if not every:
+                raise UserError(one_line(error)) from error
+            refused.append({"policy": name, "reason": one_line(error)})
+        else:
+            chosen.append(policy)
+    if not chosen:
+        raise UserError(refused[0]["reason"])
+    return chosen, refused
+
+
+def _note_left_out(untrained: list[dict], refused: list[dict]) -> None:
+    reasons = [f"{one['policy']} ({one['reason']})" for one in untrained + refused]
+    if reasons:
+        mend = "; `trimkv train --method NAME` makes gates and heads, --gates DIR,DIR names them" if untrained else ""
+        loading.note(f"left out: {', '.join(reasons)}{mend}")
+
+
+def _settings(model, ids, policies, budgets, device: str, dtype: str, o: SimpleNamespace) -> dict:
+    """All that changes the numbers."""
+    import torch
+    import transformers
+
+    from .. import __version__
+
+    return {
+        "model": o.model,
+        "text": digest(ids),
+        "context": ids.shape[1],
+        "policies": [policy.name for policy in policies],
+        "budgets": [asdict(budget) for budget in budgets],
+        "trained": trained_parts(model),
+        "seed": o.seed,
+        "stepwise": o.stepwise,
+        "device": device,
+        "dtype": dtype,
+        "versions": [torch.__version__, transformers.__version__, __version__],
+    }
+
+
+def _measure(model, ids, policies, budgets, partial: Partial, o: SimpleNamespace) -> dict:
+    """All cells, each saved when it is there."""
     from ..eval.compare import compare as run
 
-    chosen = [make(name, seed=o.seed) if name == "random" else make(name) for name in policies]
-    with mendable():  # a model that cannot be served from slots says so here, not within the measurement
-        for policy in chosen:
-            bounded_cache(model, policy, budgets[0])
+    options = {"batch_size": o.batch_size, "name": o.model, "stepwise": o.stepwise}
+    pieces = list(_pieces(policies, budgets, partial.rows, o))
     with loading.quiet(), _progress() as progress:
-        options = {"batch_size": o.batch_size, "progress": progress, "name": o.model, "stepwise": o.stepwise}
-        return run(model, ids, chosen, budgets, **options).as_dict()
+        for i, (some, at) in enumerate(pieces):
+            start, what = time.perf_counter(), "comparing" if len(some) > 1 else f"comparing {some[0].name}"
+            count = f" ({i + 1} of {len(pieces)})" if len(pieces) > 1 else ""
+            measured = run(model, ids, some, at, progress=progress(what + count), **options)
+            partial.add(measured.as_dict(), time.perf_counter() - start)
+    found = partial.rows
+    return {
+        **partial.found,
+        "rows": [found[policy.name, budget.tokens] for policy in policies for budget in budgets],
+        "scope": o.scope,
+        "floor": o.floor,
+        "seed": o.seed,
+        "seconds": round(partial.seconds, 1),
+        "keep_all_tokens": [policy.name for policy in policies if not policy.bounded],
+    }
+
+
+def _pieces(policies, budgets, done: dict, o: SimpleNamespace) -> Iterator[tuple[list, list]]:
+    """Policies and budgets that are measured together. Where nothing is saved that is all of them. Else each policy
+    whose budgets share one forward pass per text, and each cell of the others, which are fed token by token."""
+    from ..cache.replay import replayable
+
+    if not o.output:
+        yield list(policies), list(budgets)
+        return
+    for policy in policies:
+        missing = [budget for budget in budgets if (policy.name, budget.tokens) not in done]
+        one_cell = not (policy.bounded or policy.selects)
+        if missing and (one_cell or not o.stepwise and all(replayable(policy, budget) for budget in missing)):
+            yield [policy], missing
+        else:
+            yield from (([policy], [budget]) for budget in missing)
 
 
 def _names(text: str | None) -> tuple[str, ...]:
     names = tuple(name.strip() for name in (text or "").split(",") if name.strip())
     if text is not None and not names:
         raise UserError("--policies is empty")
+    if ALL in names and len(names) > 1:
+        raise UserError("--policies all takes every policy: name nothing beside it")
     return tuple(dict.fromkeys(names))
 
 
-def _budgets(text: str) -> list:
+def _budgets(o: SimpleNamespace) -> list:
     from ..budget import Budget
 
+    text = o.budgets
     try:
         numbers = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
@@ -92,7 +209,7 @@ def _budgets(text: str) -> list:
     if not numbers:
         raise UserError("--budgets is empty")
     with mendable():
-        return [Budget(number) for number in dict.fromkeys(numbers)]
+        return [Budget(number, scope=o.scope, floor=o.floor) for number in dict.fromkeys(numbers)]
 
 
 def _check_texts(paths: list[str]) -> None:
@@ -129,6 +246,36 @@ def _check_output(output: str | None) -> None:
         raise UserError(f"--output {output}: cannot be written there")
 
 
+def _check_figure(figure: str | None) -> None:
+    if figure is None:
+        return
+    path = Path(figure)
+    if path.suffix.lower() not in FIGURES:
+        raise UserError(f"--figure {figure}: expected a name that ends in {', '.join(FIGURES)}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("--figure needs matplotlib: pip install 'trimkv[viz]'")
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"--figure {figure}: cannot be written there")
+
+
+def _saved(o: SimpleNamespace) -> dict:
+    """A result that was written by --output."""
+    if o.texts or o.more_texts or o.output:
+        raise UserError("--from shows what is saved and measures nothing: leave --text and --output out")
+    try:
+        result = json.loads(Path(o.source).read_text(encoding="utf-8"))
+        float(result["full_perplexity"]), result["model"], result["context"], result["sequences"]
+        for row in result["rows"]:
+            missing = {"policy", "budget", "kl", "perplexity", "top1_agreement", "peak_tokens_per_head"} - set(row)
+            if missing:
+                raise ValueError(f"a row lacks {', '.join(sorted(missing))}")
+    except OSError as error:
+        raise UserError(f"--from {o.source}: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--from {o.source}: not a result of trimkv compare --output ({one_line(error)})") from error
+    return result
+
+
 def _made_by(device: str, dtype: str) -> dict:
     """What it takes to repeat and to judge the numbers."""
     from .provenance import environment
@@ -137,25 +284,24 @@ def _made_by(device: str, dtype: str) -> dict:
     return {"command": command, "environment": environment(), "device": device, "dtype": dtype}
 
 
-def _write(path: Path, result: dict) -> None:
-    half = path.with_name(path.name + ".part")
-    with mendable(OSError, doing=f"--output {path}"):
-        half.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        half.replace(path)
-
-
 def _progress():
     """A bar with the time left on a terminal's stderr."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     class Bar(Progress):
-        def __enter__(self) -> Callable[[int, int], None]:
+        def __enter__(self) -> Callable[[str], Callable[[int, int], None]]:
             super().__enter__()
-            task = self.add_task("", total=None)
+            return self.begin
+
+        def begin(self, what: str) -> Callable[[int, int], None]:
+            for task in self.task_ids:
+                self.remove_task(task)
+            task = self.add_task(what, total=None)
             return lambda done, total: self.update(task, completed=done, total=total)
 
-    columns = (TextColumn("comparing"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("left"))
+    description = TextColumn("{task.description}")
+    columns = (description, BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("left"))
     console = Console(stderr=True)
     return Bar(*columns, console=console, disable=not console.is_terminal)
 
@@ -164,12 +310,14 @@ def _print(result: dict) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    caption = f"perplexity with the full cache: {result['full_perplexity']:.3f}"
+    if selecting := [name for name in result.get("keep_all_tokens", ()) if name != "full"]:
+        caption += f"; {', '.join(selecting)}: all tokens are kept, the budget is what is attended to"
     table = Table(
-        title=f"{result['model']}: {result['sequences']} sequences of {result['context']:,} tokens",
-        caption=f"perplexity with the full cache: {result['full_perplexity']:.3f}",
+        title=f"{result['model']}: {result['sequences']} sequences of {result['context']:,} tokens", caption=caption
     )
-    table.add_column("policy")
-    for heading in ("budget", "KL (nats)", "perplexity", "same top-1", "peak tokens"):
+    table.add_column("policy", no_wrap=True)
+    for heading in ("budget", "KL\n(nats)", "perplexity", "same\ntop-1", "peak\ntokens"):
         table.add_column(heading, justify="right")
     seen = set()
     for row in result["rows"]:

@@ -76,11 +76,7 @@ def choose(wanted: tuple[str, ...], model_name: str, gates: str, several: bool =
         with mendable():
             make(name)
     gates, heads = _choose_heads(wanted, model_name, gates)
-    missing = remark = None
-    if gates == "none":
-        missing = "--gates none was given"
-    elif gates == "bundled" and not _bundled_for(model_name):
-        missing = f"no trained gates for {model_name} yet"
+    missing, remark = _without_gates(model_name, gates), None
     if not wanted and missing:
         wanted, remark = (UNTRAINED,), f"{missing}: using {UNTRAINED}"
     elif not wanted:
@@ -104,26 +100,62 @@ def choose(wanted: tuple[str, ...], model_name: str, gates: str, several: bool =
         return Choice(wanted, load_gates(os.path.expanduser(gates)), heads=heads)
 
 
-def _choose_heads(wanted: tuple[str, ...], model_name: str, gates: str) -> tuple[str, tuple]:
-    """What --gates says of gates, and the heads of each baseline that has trained ones: given there, or bundled."""
-    from ..cache.policies import POLICIES
-    from ..gates.head_sets import META, bundled_heads, load_heads
+def runnable(model_name: str, gates: str) -> tuple[tuple[str, ...], list[dict]]:
+    """The policies that have what they need, and the others: [{"policy", "reason"}].
 
-    named = [part.strip() for part in gates.split(",")]
+    Args:
+        gates: as for ``choose``.
+    """
+    from ..cache.policies import POLICIES
+    from ..gates.head_sets import bundled_heads
+
+    rest, given = _named_heads(gates)
+    names, left_out = [], []
+    for name, policy in POLICIES.items():
+        reason = _without_gates(model_name, rest) if "log_beta" in policy.needs else None
+        if policy.head and name not in given and (gates == "none" or not _known(model_name, bundled_heads(name))):
+            reason = "--gates none was given" if gates == "none" else f"no trained heads for {model_name}"
+        if reason:
+            left_out.append({"policy": name, "reason": reason})
+        else:
+            names.append(name)
+    return tuple(names), left_out
+
+
+def _named_heads(gates: str) -> tuple[str, dict]:
+    """What --gates says of gates, and the heads that it names: kind -> HeadSet."""
+    from ..gates.head_sets import META, load_heads
+
     given, rest = {}, []
-    for name in named:
+    for name in [part.strip() for part in gates.split(",")]:
         if (Path(name).expanduser() / META).is_file():
             with mendable():
                 heads = load_heads(Path(name).expanduser())
             given[heads.kind] = heads
         else:
             rest.append(name)
+    return ",".join(rest) or "bundled", given
+
+
+def _choose_heads(wanted: tuple[str, ...], model_name: str, gates: str) -> tuple[str, tuple]:
+    """What --gates says of gates, and the heads of each baseline that has trained ones: given there, or bundled."""
+    from ..cache.policies import POLICIES
+    from ..gates.head_sets import bundled_heads
+
+    rest, given = _named_heads(gates)
     for kind in (name for name in wanted if POLICIES[name].head):
         if kind not in given:
             if gates == "none" or not _known(model_name, bundled_heads(kind)):
                 raise UserError(f"policy {kind} needs trained heads, none ship for {model_name}: --gates FOLDER")
             given[kind] = kind
-    return ",".join(rest) or "bundled", tuple(given[name] for name in wanted if name in given)
+    return rest, tuple(given[name] for name in wanted if name in given)
+
+
+def _without_gates(model_name: str, gates: str) -> str | None:
+    """Why there are no gates, or None where there are some."""
+    if gates == "none":
+        return "--gates none was given"
+    return f"no trained gates for {model_name} yet" if gates == "bundled" and not _bundled_for(model_name) else None
 
 
 def check_budget(budget, policies: tuple[str, ...]) -> None:

@@ -64,6 +64,24 @@ model_options = _all_of(
     click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True),
 )
 
+sharing_options = _all_of(
+    click.option(
+        "--scope",
+        type=click.Choice(["head", "layer", "global"]),
+        default="head",
+        show_default=True,
+        help="Whose the budget is: each head's own, or shared out by score among the heads of a layer or of all.",
+    ),
+    click.option(
+        "--floor",
+        type=click.FloatRange(0, 1),
+        callback=_finite,
+        default=0.0,
+        show_default=True,
+        help="Where heads share: the part of the budget that each is sure of.",
+    ),
+)
+
 budget_options = _all_of(
     click.option(
         "--policy",
@@ -87,6 +105,7 @@ budget_options = _all_of(
         show_default=True,
         help="Tokens of the prompt per forward pass.",
     ),
+    sharing_options,
 )
 
 

@@ -25,11 +25,23 @@ class Run:
         from ..budget import Budget
 
         with mendable():
-            budget = Budget(options.budget, buffer=options.buffer, sinks=options.sinks, recent=options.recent)
+            budget = Budget(
+                options.budget,
+                buffer=options.buffer,
+                sinks=options.sinks,
+                recent=options.recent,
+                scope=options.scope,
+                floor=options.floor,
+            )
         loading.check_model_name(options.model)
         loading.import_torch()
+        from ..cache.build import check_sharing
+        from ..cache.policies import make
+
         choice = loading.choose((options.policy,) if options.policy else (), options.model, options.gates)
         loading.check_budget(budget, choice.policies)
+        with mendable():
+            check_sharing(make(choice.policies[0]), budget)
         device = loading.pick_device(options.device)
         dtype = loading.pick_dtype(options.dtype, device)
         return cls(options, budget, choice, device, dtype, loading.load_tokenizer(options.model))
@@ -72,6 +84,8 @@ class Run:
             "peak_tokens_per_head": cache.peak_tokens,
             "peak_tokens_per_head_prefill": cache.peak_prefill_tokens,
             "peak_tokens_per_head_decode": cache.peak_decode_tokens,
+            "mean_tokens_per_head_decode": cache.peak_mean_tokens,
+            "scope": self.budget.scope if self.bounded else "head",
             "peak_cache_bytes": cache.peak_bytes,
             "full_cache_bytes": cache.full_cache_bytes(cache.get_seq_length()),
             "device": self.device,

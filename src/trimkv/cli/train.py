@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import click
+from click.core import ParameterSource
 
 from . import loading, show
 from .compare import _check_texts
@@ -14,13 +15,26 @@ from .errors import UserError, mendable
 from .options import model_options, output_options
 
 LOSSES = ("kl", "ntp", "reverse_kl")
+HEADS = ("locret", "seer_attention_r")  # baselines with trained heads
+FOR_GATES = ("budget", "stage", "losses", "capacity_weight", "bias_learning_rate", "kind", "intermediate_size")
+FOR_GATES += ("response_only", "fast")
+FOR_HEADS = {"width": HEADS, "block_size": HEADS[1:]}  # option -> methods that have it
+SHOWN = ("kl", "capacity", "regression", "smoothness", "distillation")  # losses, on the live line and at the end
 REPORTERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}  # name -> packages, one of them
 
 
-@click.command(short_help="Train retention gates for a model.")
+@click.command(short_help="Train retention gates for a model, or a baseline's heads.")
 @click.option("--data", multiple=True, metavar="FILE...", help="A .txt or .jsonl file, also .gz, or a hub dataset id.")
 @click.argument("more_data", nargs=-1, metavar="")
 @click.option("--output", required=True, metavar="DIR", help="Where gates.safetensors and gates.json go.")
+@click.option(
+    "--method",
+    type=click.Choice(["trimkv", *HEADS]),
+    default="trimkv",
+    show_default=True,
+    help="What is trained. The heads of the baselines take their published settings where an option is left out, "
+    "whatever default is shown here.",
+)
 @click.option("--budget", type=click.FloatRange(min=1), default=32, show_default=True, help="M of the capacity loss.")
 @click.option("--context", type=click.IntRange(min=2), default=2048, show_default=True, help="Tokens per sample.")
 @click.option("--steps", type=click.IntRange(min=1), default=300, show_default=True)
@@ -39,10 +53,18 @@ REPORTERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)
 @click.option("--bias-learning-rate", type=click.FloatRange(min=0, min_open=True), default=5e-2, show_default=True)
 @click.option("--kind", type=click.Choice(["rg", "rg2", "rg3"]), default="rg", show_default=True)
 @click.option("--intermediate-size", type=click.IntRange(min=1), default=128, show_default=True)
+@click.option("--width", type=click.IntRange(min=1), help="Of a baseline's heads.  [default: as published]")
+@click.option("--block-size", type=click.IntRange(min=1), help="Of seer_attention_r.  [default: as published]")
 @click.option("--no-borders", is_flag=True, help="Records follow one another in one context instead of being apart.")
 @click.option("--response-only", is_flag=True, help="Of chats, learn the assistant's responses only.")
 @click.option(
     "--save-steps", type=click.IntRange(min=0), default=0, show_default=True, help="Checkpoint every N steps."
+)
+@click.option(
+    "--fast",
+    is_flag=True,
+    help="For small models on a GPU: compiled layers, the step as a CUDA graph, no checkpointing. A minute's wait, "
+    "then up to four times the speed for a few GB.",
 )
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint in --output.")
 @click.option("--report-to", metavar="NAME,...", help=f"Where curves go, too: {', '.join(REPORTERS)}.")
@@ -52,11 +74,14 @@ def train(**options):
     """Train retention gates; the model itself stays as it is.
 
     The gates learn to keep the model's predictions while attention decays as they say (stage decay), or while the
-    least retained tokens are evicted (stage eviction). Several GPUs: torchrun --nproc-per-node N -m trimkv train ...
+    least retained tokens are evicted (stage eviction). --method locret or seer_attention_r trains the heads of that
+    baseline on the same data instead. Several GPUs: torchrun --nproc-per-node N -m trimkv train ...
     """
     from ..train import processes
 
     o = SimpleNamespace(**options)
+    o.given = _given(options)
+    _check_method(o)
     if importlib.util.find_spec("accelerate") is None:
         raise UserError("training needs accelerate: pip install 'trimkv[train]'")
     with _silence() if processes.number() else contextlib.nullcontext():
@@ -69,8 +94,11 @@ def train(**options):
         show.emit(result)
     else:
         click.echo(f"{result['steps']} steps, {result['tokens']:,} tokens in {result['seconds']:.0f} s")
-        kl = "" if result["final_kl"] is None else f"KL {result['final_kl']:.4f}, "
-        click.echo(f"{kl}retained {result['final_occupancy']:.2f} x the budget -> {result['output']}")
+        losses = {name: result.get(f"final_{name}") for name in SHOWN}
+        said = [f"{name} {value:.4f}" for name, value in losses.items() if value is not None]
+        if o.method == "trimkv":
+            said.append(f"retained {result['final_occupancy']:.2f} x the budget")
+        click.echo(f"{', '.join(said)} -> {result['output']}")
 
 
 def _run(o: SimpleNamespace) -> dict:
@@ -88,17 +116,32 @@ def _run(o: SimpleNamespace) -> dict:
     reporters = _reporters(o.report_to)
     loading.check_model_name(o.model)
     loading.import_torch()
-    start = _first_gates(o)
+    start = _first_gates(o) if o.method == "trimkv" else _first_heads(o)
     with mendable():
-        config = _config(o, reporters)
+        config = _config(o, reporters) if o.method == "trimkv" else _head_config(o, reporters)
     device = loading.pick_device(o.device)
     if device == "cuda":
         with mendable():
             processes.take_gpu()
+    if o.fast and not str(device).startswith("cuda"):
+        raise UserError("--fast is for a GPU: leave it out, or name one with --device cuda")
     dtype = loading.pick_dtype(o.dtype, device)
     tokenizer = loading.load_tokenizer(o.model)
     model = loading.load_model(o.model, device, dtype)
     return _train(model, tokenizer, config, start, data, o)
+
+
+def _given(options: dict) -> set[str]:
+    """The options that were typed, and not left at their defaults."""
+    source = click.get_current_context().get_parameter_source
+    return {name for name in options if source(name) is not ParameterSource.DEFAULT}
+
+
+def _check_method(o: SimpleNamespace) -> None:
+    wrong = [name for name in FOR_GATES if name in o.given] if o.method != "trimkv" else []
+    wrong += [name for name, methods in FOR_HEADS.items() if name in o.given and o.method not in methods]
+    if wrong:
+        raise UserError(f"--{wrong[0].replace('_', '-')} means nothing to --method {o.method}: leave it out")
 
 
 @contextlib.contextmanager
@@ -140,6 +183,18 @@ def _first_gates(o: SimpleNamespace):
         return load_gates(Path(o.gates).expanduser() if Path(o.gates).expanduser().exists() else o.gates)
 
 
+def _first_heads(o: SimpleNamespace):
+    from ..gates.head_sets import load_heads
+
+    if "gates" not in o.given or o.gates in ("bundled", "none"):
+        return None
+    with mendable():
+        heads = load_heads(Path(o.gates).expanduser())
+        if heads.kind != o.method:
+            raise ValueError(f"--gates {o.gates}: heads of {heads.kind}, and the training is of {o.method}")
+    return heads
+
+
 def _config(o: SimpleNamespace, reporters: tuple[str, ...]):
     from ..train.config import GateConfig
 
@@ -148,15 +203,31 @@ def _config(o: SimpleNamespace, reporters: tuple[str, ...]):
         raise UserError(f"--losses {o.losses}: known losses are {', '.join(LOSSES)}")
     names = ("budget", "context", "steps", "batch_size", "accumulation", "stage", "capacity_weight", "learning_rate")
     names += ("bias_learning_rate", "kind", "intermediate_size", "seed", "save_steps")
-    return GateConfig(losses=losses, report_to=reporters, **{name: getattr(o, name) for name in names})
+    how = {"checkpointing": False, "cuda_graph": True, "compile": True} if o.fast else {}
+    return GateConfig(losses=losses, report_to=reporters, **how, **{name: getattr(o, name) for name in names})
 
 
-def _train(model, tokenizer, config, gates, data: list[str], o: SimpleNamespace) -> dict:
+def _head_config(o: SimpleNamespace, reporters: tuple[str, ...]):
+    """The published settings and what was typed. The warm-up keeps its share of the steps."""
+    from ..train.heads import HeadConfig
+
+    published = getattr(HeadConfig, o.method)
+    names = ("context", "steps", "batch_size", "accumulation", "learning_rate", "width", "block_size", "seed")
+    typed = {name: getattr(o, name) for name in (*names, "save_steps") if name in o.given}
+    if "steps" in typed:
+        typed["warmup_steps"] = published().warmup_steps * o.steps // published().steps
+    return published(report_to=reporters, **typed)
+
+
+def _train(model, tokenizer, config, start, data: list[str], o: SimpleNamespace) -> dict:
     from ..train import processes
     from ..train.data import PackedTexts, Source
     from ..train.trainer import SaveError
-    from ..train.trainer import train as run
 
+    if o.method == "trimkv":
+        from ..train.trainer import train as run
+    else:
+        from ..train.heads import train_heads as run
     dataset = PackedTexts(
         [Source(name, borders=not o.no_borders) for name in data],
         tokenizer,
@@ -170,12 +241,13 @@ def _train(model, tokenizer, config, gates, data: list[str], o: SimpleNamespace)
             dataset[0]
         meta = {"data": ", ".join(Path(name).name for name in data), "base_model": o.model}
         with _bar(config.steps) as callbacks:
-            return run(model, dataset, config, o.output, gates, o.resume, meta, callbacks)
+            result = run(model, dataset, config, o.output, start, o.resume, meta, callbacks)
+    return {"method": o.method, "final_kl": None, "final_capacity": None, **result}
 
 
 @contextlib.contextmanager
 def _bar(steps: int):
-    """A live line on stderr: KL, capacity, retained mass over budget, time left."""
+    """A live line on stderr: losses, for gates the retained mass over budget, time left."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from transformers import TrainerCallback
@@ -186,9 +258,11 @@ def _bar(steps: int):
 
         class Bar(TrainerCallback):
             def on_log(self, args, state, control, logs=None, **kwargs):
-                if logs and "capacity" in logs:
-                    kl = f"KL {logs['kl']:.4f}  " if "kl" in logs else ""
-                    text = f"{kl}capacity {logs['capacity']:.4f}  retained/budget {logs['occupancy']:.2f}"
-                    progress.update(task, completed=state.global_step, description=text)
+                if logs and "loss" in logs:
+                    said = [f"{name} {logs[name]:.4f}" for name in SHOWN if name in logs] or [
+                        f"loss {logs['loss']:.4f}"
+                    ]
+                    said += [f"retained/budget {logs['occupancy']:.2f}"] if "occupancy" in logs else []
+                    progress.update(task, completed=state.global_step, description="  ".join(said))
 
         yield [Bar()]

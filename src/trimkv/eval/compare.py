@@ -25,6 +25,7 @@ class Row:
         top1_agreement: share of positions where the most probable token is the full model's.
         tokens: predicted tokens.
         peak_tokens_per_head: the most tokens that any query attended to, itself included.
+        mean_tokens_per_head: the same, as a mean over the heads that share a budget.
     """
 
     policy: str
@@ -34,6 +35,7 @@ class Row:
     top1_agreement: float
     tokens: int
     peak_tokens_per_head: int
+    mean_tokens_per_head: float
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,8 @@ class _Cell(_Sums):
 
     def __init__(self, policy: Policy, budget: Budget, device):
         super().__init__(device)
-        self.policy, self.budget, self.cache, self.peak = policy, budget, None, 0
+        self.policy, self.budget, self.cache = policy, budget, None
+        self.peak, self.mean = 0, 0.0
 
     def step(self, model, token_B: torch.Tensor, next_B: torch.Tensor, teacher_BV: torch.Tensor) -> None:
         """Feeds one token to each sequence and measures what it predicts."""
@@ -187,7 +190,8 @@ class _Cell(_Sums):
 
     def finish(self) -> None:
         """The batch is through: remember its peak, free its slots."""
-        self.peak, self.cache = max(self.peak, self.cache.peak_tokens), None
+        self.peak, self.mean = max(self.peak, self.cache.peak_tokens), max(self.mean, self.cache.peak_mean_tokens)
+        self.cache = None
 
     def row(self, budget: Budget) -> Row:
         return Row(
@@ -198,6 +202,7 @@ class _Cell(_Sums):
             top1_agreement=float(self.agreed) / self.tokens,
             tokens=self.tokens,
             peak_tokens_per_head=self.peak,
+            mean_tokens_per_head=self.mean,
         )
 
 

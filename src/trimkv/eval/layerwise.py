@@ -32,7 +32,7 @@ def measure(model, ids_NT: torch.Tensor, cells: list, full, batch_size: int, tic
     full model's are made once for all cells.
 
     Args:
-        cells: with ``policy``, ``budget``, ``peak`` and ``measure``.
+        cells: with ``policy``, ``budget``, ``peak``, ``mean`` and ``measure``.
         full: with ``add``; sums of the full model.
         tick: called once per cell and layer with slots, as they are worked off.
     """
@@ -49,7 +49,7 @@ def measure(model, ids_NT: torch.Tensor, cells: list, full, batch_size: int, tic
             for layer in cache.slot_layers:
                 layer.on_attended = tick
             hidden.append(decoder(input_ids=inputs, past_key_values=cache).last_hidden_state.flatten(0, 1))
-            cell.peak = max(cell.peak, cache.peak_tokens)
+            cell.peak, cell.mean = max(cell.peak, cache.peak_tokens), max(cell.mean, cache.peak_mean_tokens)
         for start in range(0, len(targets), POSITIONS):
             part = slice(start, start + POSITIONS)
             logits_NV = head(hidden[0][part])

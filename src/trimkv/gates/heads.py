@@ -51,7 +51,8 @@ class RetainingHead(nn.Module):
         if self.inputs is not None:
             self.scores, self.inputs = self(self.inputs), None
         assert self.scores is not None and self.scores.shape[2] >= tokens, "the projections were not heard"
-        part, self.scores = self.scores[:, :, :tokens], self.scores[:, :, tokens:]
+        part, rest = self.scores[:, :, :tokens], self.scores[:, :, tokens:]
+        self.scores = rest if rest.shape[2] else None  # a view of nothing would hold on to a whole prompt's scores
         return part
 
     def initialise(self, generator: torch.Generator | None = None) -> None:

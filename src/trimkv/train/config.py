@@ -63,7 +63,7 @@ class GateConfig:
     kind: str = "rg"
     intermediate_size: int = 128
     budgets: tuple[int, int] = (48, 640)
-    temperatures: tuple[float, float] = (0.5, 0.15)
+    temperatures: tuple[float, float] = (0.4, 0.03)
     budget_power: float = 0.75
     seed: int = 0
     checkpointing: bool = True

@@ -342,6 +342,8 @@ def train_heads(
     checkpoint = _last_checkpoint(output) if resume else None
     if resume and checkpoint is None:
         raise ValueError(f"{output}: no checkpoint to resume from")
+    if not attention_modules(model):
+        raise ValueError(f"{type(model).__name__} has no full-attention layers that heads are known for")
     if checkpoint is not None:
         heads = _resumed(checkpoint, config, (meta or {}).get("base_model"))
     if heads is None:

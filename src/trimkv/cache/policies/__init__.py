@@ -1,9 +1,9 @@
 """One file a policy, one table of names."""
 
 from .base import Policy
-from .expected_attention import ExpectedAttention
+from .expected_attention import ExpectedAttention, ExpectedAttention32
 from .full import Full
-from .h2o import H2O
+from .h2o import H2O, H2ONormalised
 from .keydiff import KeyDiff
 from .knorm import Knorm
 from .lagkv import LagKV
@@ -24,6 +24,7 @@ POLICIES: dict[str, type[Policy]] = {
         StreamingLLM,
         StreamingLLMCache,
         H2O,
+        H2ONormalised,
         Tova,
         KeyDiff,
         Knorm,
@@ -33,6 +34,7 @@ POLICIES: dict[str, type[Policy]] = {
         Locret,
         SeerAttentionR,
         ExpectedAttention,
+        ExpectedAttention32,
         Random,
     )
 }

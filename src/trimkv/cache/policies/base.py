@@ -37,6 +37,9 @@ class Policy:
         moves_keys: whether queries see keys elsewhere than at their true positions (``keys``).
         head: name of the trained part that it needs on every attention module, beside or in place of gates.
         selects: True keeps every token, and each decode step attends to a choice of them (``visible``).
+        comparable: whether scores of different heads and layers may be compared, so that heads can share a budget. The
+            score is then made of position and state alone, and the policy does not observe: ``score`` gets ``slots``
+            without keys and values, of whatever heads.
 
     And in words, for ``trimkv policies``: formula, evicts, peak_decode, peak_prefill (the most tokens attended to), and
     deviations (from the source, with the reason).
@@ -54,6 +57,7 @@ class Policy:
     moves_keys = False
     head = ""
     selects = False
+    comparable = False
 
     formula = ""
     evicts = "before each decoded token attends; after each chunk of a prompt"

@@ -107,3 +107,14 @@ class ExpectedAttention(Policy):
         cos, sin = ahead.cos().mean(0), ahead.sin().mean(0)
         now = now_B11[..., None] * frequency
         return now.cos() * cos - now.sin() * sin, -(now.sin() * cos + now.cos() * sin)
+
+
+class ExpectedAttention32(ExpectedAttention):
+    """expected_attention that looks 32 positions ahead, not 512: far ahead is the right question for a prompt that is
+    cut once, the next steps are for a cache that evicts at every step."""
+
+    name = "expected_attention_32"
+    deviations = "future = 32, where the source has 512. " + ExpectedAttention.deviations
+
+    def __init__(self, **options):
+        super().__init__(**{"future": 32, **options})

@@ -24,6 +24,9 @@ class H2O(Policy):
 
     def __init__(self, age_normalised: bool = False):
         self.age_normalised = age_normalised
+        if age_normalised:
+            self.name, self.formula = H2ONormalised.name, H2ONormalised.formula
+            self.deviations = H2ONormalised.deviations
 
     def new_state(self, new):
         return {"mass": torch.zeros_like(new.position, dtype=torch.float32)}
@@ -35,3 +38,16 @@ class H2O(Policy):
         mass = slots.state["mass"]
         # Every real query from the token's own on has seen it: as many as it is old.
         return mass / (now_B11 - slots.position) if self.age_normalised else mass
+
+
+class H2ONormalised(H2O):
+    """Heavy hitters by the attention that each of their queries gave on average: age alone wins nothing."""
+
+    name = "h2o_normalised"
+    formula = "attention received, divided by the number of queries that could give it; half the budget recent"
+    deviations = (
+        "Not in the paper: the mean in place of the sum, as kvpress's ObservedAttentionPress has it. " + H2O.deviations
+    )
+
+    def __init__(self):
+        super().__init__(age_normalised=True)

@@ -18,6 +18,7 @@ class TrimKV(Policy):
     name = "trimkv"
     needs = frozenset({"log_beta"})
     trained = True
+    comparable = True
     source = "arXiv 2512.03324, section 4; ngocbh/trimkv@0456bc4"
     state = {"log_beta": torch.float32}
     formula = "age * log beta"
