@@ -1,0 +1,203 @@
+"""The slot kernels on a GPU against torch's attention over the same tensors, and against the bandwidth of a copy.
+
+    python benchmarks/slot_attention.py            # a few minutes, most of it compiling
+    python benchmarks/slot_attention.py --sweep    # also other numbers of splits and block sizes, to choose by
+
+Decode: one step of one layer, which writes, attends and finds the next slot. Many steps over different stores lie in
+one CUDA graph, more than 100 MB of them, so that neither the L2 cache nor the host takes part. Chunk: new tokens over
+slots and themselves. Nothing is timed unless it equals the plain reference.
+"""
+
+import argparse
+import statistics
+import sys
+
+import torch
+import torch.nn.functional as F
+from record import save
+
+from trimkv.attention import slots, slots_triton
+
+H, G, D = 8, 4, 128
+ROWS, SLOTS = (1, 4, 8, 16, 64), (256, 1024, 4096)
+CHUNKS = ((1, 512, 1024), (1, 1024, 4096), (1, 4096, 4096), (4, 512, 1024))  # rows, tokens, slots
+TOLERANCE = 1e-2  # relative RMS, bf16
+ROTATED = 160e6  # bytes of different stores that are gone through
+SCALING = D**-0.5
+
+
+def step(B: int, M: int) -> dict:
+    """Arguments of a decode step over full slots, by name."""
+    k, v = (torch.randn(B, H, M, D, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    q, k_new, v_new = (torch.randn(B, n, D, device="cuda", dtype=torch.bfloat16) for n in (H * G, H, H))
+    position = torch.rand(B, H, M, device="cuda").argsort(-1).int()
+    slot = torch.randint(M, (B, H), device="cuda")
+    now = torch.full((B,), M, dtype=torch.int32, device="cuda")
+    log_beta_new, log_beta = -torch.rand(B, H, device="cuda"), -torch.rand(B, H, M, device="cuda")
+    return dict(
+        zip(
+            ("q", "k_new", "v_new", "k", "v", "position", "slot", "now", "scaling", "log_beta_new", "log_beta"),
+            (q, k_new, v_new, k, v, position, slot, now, SCALING, log_beta_new, log_beta),
+            strict=True,
+        )
+    )
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a.float() - b.float()).norm() / b.float().norm()).item()
+
+
+def expect(good: bool, what: str) -> None:
+    if not good:
+        sys.exit(f"wrong: {what}. No times.")
+
+
+def gate_decode(B: int, M: int) -> float:
+    """The relative error of a step; exits if it, the store or the next slot is wrong."""
+    given = step(B, M)
+    given["position"][:, :, M // 2 :: 3] = -1
+    pair = [{name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in given.items()} for _ in range(2)]
+    got = slots_triton.decode(*pair[0].values(), sinks=4, recent=8)
+    truth = slots_triton.decode_reference(*pair[1].values(), sinks=4, recent=8)
+    error = relative(got.out, truth.out)
+    expect(error < TOLERANCE, f"output at B {B} M {M}, relative error {error:.1e}")
+    expect(torch.equal(got.next_slot, truth.next_slot), f"next slot at B {B} M {M}")
+    expect(all(torch.equal(pair[0][n], pair[1][n]) for n in slots_triton.STORE), f"store at B {B} M {M}")
+    return error
+
+
+def milliseconds(calls: list, repeat: int) -> float:
+    """Median over replays of one graph of all calls, per call."""
+    for call in calls[:3]:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for n in range(repeat + 3):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        if n >= 3:
+            times.append(begin.elapsed_time(end) / len(calls))
+    return statistics.median(times)
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second of a large copy, read and written."""
+    source = torch.randn(2**28, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / milliseconds([lambda: target.copy_(source)] * 2, 10) * 1e3
+
+
+def measure_decode(B: int, M: int, copy: float, repeat: int, sweep: bool) -> dict:
+    error = gate_decode(B, M)
+    one = step(B, M)
+    kv = one["k"].nbytes + one["v"].nbytes
+    moved = sum(x.nbytes for x in one.values() if isinstance(x, torch.Tensor))
+    moved += 2 * one["q"].nbytes + one["slot"].nbytes  # the output, and what is written into the store
+    stores = [one] + [step(B, M) for _ in range(max(1, int(ROTATED / kv)))]
+
+    def time(function) -> float:
+        return milliseconds([lambda given=given: function(given) for given in stores], repeat)
+
+    def kernel(**options):
+        return lambda given: slots_triton.decode(*given.values(), **options)
+
+    def sdpa(given):
+        q = given["q"].view(B, H, G, D)
+        return F.scaled_dot_product_attention(q, given["k"], given["v"], scale=SCALING)
+
+    def rates(ms: float, bytes_: int) -> dict:
+        rate = bytes_ / ms * 1e3
+        return {"us": round(ms * 1e3, 2), "gb_per_s": round(rate / 1e9, 1), "of_copy": round(rate / copy, 3)}
+
+    result = {
+        "rows": B,
+        "slots": M,
+        "mb": round(moved / 1e6, 2),
+        "stores": len(stores),
+        "relative_error": error,
+        "decode": rates(time(kernel(sinks=4)), moved),
+        "decode_no_empty": rates(time(kernel(sinks=4, any_empty=False)), moved),
+        "decode_no_search": rates(time(kernel(score="none", any_empty=False)), moved),
+        "decode_with_probabilities": rates(time(kernel(sinks=4, probabilities=True)), moved),
+        "sdpa_only_attends": rates(time(sdpa), kv),
+    }
+    result["decode_over_sdpa"] = round(result["decode"]["us"] / result["sdpa_only_attends"]["us"], 2)
+    if sweep:
+        result["us_by_splits"] = {s: round(time(kernel(splits=s)) * 1e3, 2) for s in (1, 2, 4, 8, 16, 32)}
+        before, result["us_by_block_warps_stages"] = slots_triton.DECODE[D], {}
+        for config in ((32, 4, 3), (32, 4, 5), (64, 4, 2), (64, 4, 4), (64, 8, 3), (128, 4, 2), (128, 8, 2)):
+            slots_triton.DECODE[D] = config
+            result["us_by_block_warps_stages"][str(config)] = round(time(kernel()) * 1e3, 2)
+        slots_triton.DECODE[D] = before
+    print({key: value["us"] if isinstance(value, dict) and "us" in value else value for key, value in result.items()})
+    return result
+
+
+def measure_chunk(B: int, T: int, M: int, repeat: int) -> dict:
+    given = step(B, M)
+    q = torch.randn(B, T, H * G, D, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+    k_new, v_new = (torch.randn(B, T, H, D, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(2))
+    new_position = (M + torch.arange(T, device="cuda", dtype=torch.int32)).expand(B, T)
+    k, v, position = (given[name] for name in ("k", "v", "position"))
+    arguments = q, k_new, v_new, new_position, k, v, position, SCALING
+    mask = slots.causal_mask(T, M + T, "cuda")
+
+    def together():
+        return torch.cat([k, k_new], 2), torch.cat([v, v_new], 2)
+
+    def sdpa(keys, values):
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=SCALING, enable_gqa=True)
+
+    out, _ = slots_triton.attend_chunk(*arguments)
+    truth, _ = slots_triton.attend_chunk_reference(*arguments)
+    error = relative(out, truth)
+    expect(error < TOLERANCE, f"chunk at B {B} T {T} M {M}, relative error {error:.1e}")
+    copied = together()
+    calls = {
+        "chunk": lambda: slots_triton.attend_chunk(*arguments),
+        "chunk_no_empty": lambda: slots_triton.attend_chunk(*arguments, any_empty=False),
+        "sdpa_with_mask": lambda: sdpa(*copied),
+        "concatenation_and_sdpa": lambda: sdpa(*together()),
+        # What is left to win by another selection than topk.
+        "selection_by_topk": lambda: slots.best(
+            torch.cat([given["log_beta"], given["log_beta"][:, :, :T]], 2),
+            torch.cat([position, position[:, :, :T]], 2),
+            M,
+        ),
+    }
+    operations = 4 * B * H * G * D * T * (M + (T + 1) / 2)
+    result = {"rows": B, "tokens": T, "slots": M, "relative_error": error}
+    for name, call in calls.items():
+        ms = milliseconds([call] * 5, repeat)
+        result[f"{name}_us"] = round(ms * 1e3, 1)
+        if name != "selection_by_topk":
+            result[f"{name}_tflops"] = round(operations / ms / 1e9, 1)
+    print(result)
+    return result
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeat", type=int, default=20)
+    parser.add_argument("--sweep", action="store_true", help="also other splits and block sizes")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("this measures GPU kernels: no CUDA device found")
+    torch.manual_seed(0)
+    copy = copy_bandwidth()
+    with torch.no_grad():
+        decode = [measure_decode(B, M, copy, args.repeat, args.sweep) for B in ROWS for M in SLOTS]
+        chunk = [measure_chunk(*shape, args.repeat) for shape in CHUNKS]
+    shape = {"kv_heads": H, "group": G, "head_dim": D, "dtype": "bfloat16"}
+    save("slot_attention", {**shape, "copy_gb_per_s": round(copy / 1e9, 1), "decode": decode, "chunk": chunk})
+
+
+if __name__ == "__main__":
+    main()
