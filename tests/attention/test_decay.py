@@ -3,18 +3,14 @@
 Triton decides when it is imported whether it interprets: the kernels' tests run in a process of their own.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 
+import interpreter
 from trimkv.attention import decay, reference
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = interpreter.INTERPRETED
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process of test_the_kernels_in_the_interpreter")
 NAMES = ("out", "dq", "dk", "dv", "dlog_beta", "ds_aux")
 LIMIT = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 2e-2}
@@ -223,15 +219,7 @@ def test_retention_sum_of_the_reference(kind):
 
 def test_the_kernels_in_the_interpreter():
     pytest.importorskip("triton")
-    if INTERPRETED:
-        pytest.skip("this is that process")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "interpreted", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    environment.pop("PYTEST_XDIST_WORKER", None)
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    assert "passed" in done.stdout and "skipped" not in done.stdout
+    interpreter.run_interpreted_tests(__file__)
 
 
 @interpreted

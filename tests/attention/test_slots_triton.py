@@ -4,21 +4,17 @@ is on a GPU.
 Triton decides when it is imported whether it interprets: the kernels' tests run in a process of their own.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
+import interpreter
 from trimkv.attention import reference, slots
 
 slots_triton = pytest.importorskip("trimkv.attention.slots_triton")
 
 from attention import test_decay as shared  # noqa: E402
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = interpreter.INTERPRETED
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process of test_the_kernels_in_the_interpreter")
 not_interpreted = pytest.mark.skipif(INTERPRETED, reason="runs in the main process")
 poisoned_memory = shared.poisoned_memory
@@ -224,15 +220,7 @@ def test_wrong_calls_are_stopped():
 
 
 def test_the_kernels_in_the_interpreter():
-    if INTERPRETED:
-        pytest.skip("this is that process")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "interpreted", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    environment.pop("PYTEST_XDIST_WORKER", None)
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    assert "passed" in done.stdout and "skipped" not in done.stdout
+    interpreter.run_interpreted_tests(__file__)
 
 
 @pytest.fixture

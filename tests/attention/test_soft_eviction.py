@@ -4,18 +4,15 @@ Triton decides when it is imported whether it interprets: the kernels' tests run
 """
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+import interpreter
 from attention import test_decay as shared
 from trimkv.attention.soft_eviction import soft_eviction_attention
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = interpreter.INTERPRETED
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process of test_the_kernels_in_the_interpreter")
 NAMES = ("out", "dq", "dk", "dv", "dlog_beta")
 poisoned_memory = shared.poisoned_memory
@@ -142,15 +139,7 @@ def test_wrong_input_is_refused(change, words):
 
 def test_the_kernels_in_the_interpreter():
     pytest.importorskip("triton")
-    if INTERPRETED:
-        pytest.skip("this is that process")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "interpreted", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    environment.pop("PYTEST_XDIST_WORKER", None)
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    assert "passed" in done.stdout and "skipped" not in done.stdout
+    interpreter.run_interpreted_tests(__file__)
 
 
 @interpreted

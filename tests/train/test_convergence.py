@@ -1,19 +1,16 @@
 """A training with the fused kernels goes where the one without them goes: their gradients are right where it matters.
 
-On the CPU the kernels run in Triton's interpreter, in a process of its own (see attention/test_decay.py); on a GPU they
+On the CPU the kernels run in Triton's interpreter, in a process of its own (interpreter.py); on a GPU they
 run as they are, for a hundred steps.
 """
 
 import inspect
-import os
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 
+import interpreter
 import tiny
 from trimkv.attention.decay import decayed_attention
 from trimkv.attention.retention_sum import retention_sum
@@ -22,7 +19,7 @@ from trimkv.train import student as student_module
 from trimkv.train.config import GateConfig
 from trimkv.train.trainer import train
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = interpreter.INTERPRETED
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process of test_kernels_in_the_interpreter")
 FUNCTIONS = {f.__name__: f for f in (decayed_attention, retention_sum, soft_eviction_attention)}
 # as the interpreter takes its time
@@ -90,15 +87,7 @@ def largest_difference(context, steps, stage, folder, monkeypatch, **where):
 @pytest.mark.slow
 def test_kernels_in_the_interpreter():
     pytest.importorskip("triton")
-    if INTERPRETED:
-        pytest.skip("this is that process")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "interpreted", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    environment.pop("PYTEST_XDIST_WORKER", None)
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    assert "passed" in done.stdout and "skipped" not in done.stdout
+    interpreter.run_interpreted_tests(__file__)
 
 
 @interpreted

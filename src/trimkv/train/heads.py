@@ -6,7 +6,6 @@ learn, and nothing is sent back through the model.
 
 import json
 import sys
-import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from ..attention.register import trimkv_attention
 from ..gates.attach import attention_modules
 from ..gates.head_sets import PLACES, HeadSet, attach_heads, load_heads, new_heads, save_heads
 from .head_losses import Documents, LocretTask, SeerTask
-from .trainer import UNWRITABLE, GateTrainer, SaveError, _last_checkpoint, _mean, _tokens_per_step
+from .trainer import GateTrainer, check_model, checkpoint_in, fit
 
 NAME, HYBRID_NAME = "trimkv_heads", "trimkv_heads_hybrid"
 SCHEDULES = ("linear", "cosine")
@@ -249,6 +248,8 @@ def _attention(module, query, key, value, mask, dropout=0.0, scaling=None, softc
 class HeadTrainer(GateTrainer):
     """Trains the heads of a ``HeadStudent``; checkpoints hold heads, optimizer and schedule, never the model."""
 
+    trains = "heads"
+
     def create_optimizer(self, model=None):
         if self.optimizer is None:
             settings = self.settings
@@ -276,32 +277,14 @@ class HeadTrainer(GateTrainer):
         nn.utils.clip_grad_value_(parameters, self.settings.clip_value)
         return norm
 
-    def save_result(self) -> None:
-        """Writes heads.safetensors in fp16, heads.json and training.json."""
-        output = Path(self.args.output_dir)
-        try:
-            self._write(output, torch.float16)
-            self.settings.save(output)
-        except UNWRITABLE as error:
-            mend = "make room, then resume" if self.settings.save_steps else "make room and start anew"
-            raise SaveError(f"{output}: heads cannot be saved ({error}); {mend}") from error
+    def _save_final(self, output):
+        self._write(output, torch.float16)
 
     def _save(self, output_dir=None, state_dict=None):
         self._write(output_dir or self.args.output_dir)
 
     def _write(self, folder, dtype=None) -> None:
-        import transformers
-
-        settings, step = self.settings, self.state.global_step
-        provenance = {
-            "context": settings.context,
-            "steps": step,
-            "tokens": step * _tokens_per_step(self),
-            "seed": settings.seed,
-            "settings": asdict(settings),
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        }
-        save_heads(self.model.model, folder, settings.method, dtype, **self.meta, **provenance)
+        save_heads(self.model.model, folder, self.settings.method, dtype, **self.meta, **self.provenance())
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         heads = load_heads(resume_from_checkpoint)
@@ -338,10 +321,7 @@ def train_heads(
         ValueError: nothing to resume from, or another training's checkpoint; heads that do not fit.
         SaveError: a checkpoint or the result could not be written.
     """
-    output = Path(output)
-    checkpoint = _last_checkpoint(output) if resume else None
-    if resume and checkpoint is None:
-        raise ValueError(f"{output}: no checkpoint to resume from")
+    checkpoint = checkpoint_in(output, resume)
     if not attention_modules(model):
         raise ValueError(f"{type(model).__name__} has no full-attention layers that heads are known for")
     if checkpoint is not None:
@@ -352,35 +332,15 @@ def train_heads(
         raise ValueError(f"heads in {heads.source} are of {heads.kind}, the training is of {config.method}")
     attach_heads(model, heads)
     student = HeadStudent(model, config)
-    start = time.perf_counter()
-    try:
-        trainer = HeadTrainer(student, config, output, dataset, meta or {}, callbacks)
-        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-        seconds = time.perf_counter() - start
-        if trainer.is_world_process_zero():
-            trainer.save_result()
-    finally:
-        student.release()
     names = ("regression", "smoothness") if config.method == "locret" else ("kl", "distillation")
-    logged = [entry for entry in trainer.state.log_history if names[0] in entry][-10:]
-    return {
-        "method": config.method,
-        "steps": trainer.state.global_step,
-        "tokens": trainer.state.global_step * _tokens_per_step(trainer),
-        "seconds": round(seconds, 2),
-        "tokens_per_second": round(len(trainer.history) * _tokens_per_step(trainer) / seconds, 1),
-        **{f"final_{name}": _mean(entry.get(name) for entry in logged) for name in names},
-        "output": str(output),
-        "history": trainer.history,
-    }
+    arguments = student, config, output, dataset, meta or {}, callbacks
+    return {"method": config.method, **fit(HeadTrainer, arguments, checkpoint, names)}
 
 
 def _resumed(checkpoint: Path, config: HeadConfig, base_model: str | None) -> HeadSet:
     """The heads of a checkpoint, if it is one of this training."""
     heads = load_heads(checkpoint)
-    theirs = heads.meta.get("base_model")
-    if base_model and theirs and Path(base_model).name.lower() != Path(theirs).name.lower():
-        raise ValueError(f"{checkpoint} is of {theirs}, not of {base_model}")
+    check_model(checkpoint, heads.meta.get("base_model"), base_model)
     wanted = {"kind": config.method, "width": config.width}
     if config.method == "seer_attention_r":
         wanted["block_size"] = config.block_size

@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,6 +27,8 @@ class SaveError(OSError):
 
 class GateTrainer(Trainer):
     """Trains the gates of a ``Student``; checkpoints hold gates, optimizer and schedule, never the model."""
+
+    trains = "gates"
 
     def __init__(self, student: Student, config: GateConfig, output: str | Path, dataset, meta: dict, callbacks=()):
         self.settings, self.meta, self.sums, self.counted = config, meta, {}, 0
@@ -108,17 +111,40 @@ class GateTrainer(Trainer):
             raise SaveError(f"{folder}: cannot be saved ({error}); {mend}") from error
 
     def save_result(self) -> None:
-        """Writes gates.safetensors, gates.json and training.json."""
+        """Writes what was trained, where it comes from, and training.json."""
         output = Path(self.args.output_dir)
         try:
-            self._save(str(output))
+            self._save_final(output)
             self.settings.save(output)
         except UNWRITABLE as error:
             mend = "make room, then resume" if self.settings.save_steps else "make room and start anew"
-            raise SaveError(f"{output}: gates cannot be saved ({error}); {mend}") from error
+            raise SaveError(f"{output}: {self.trains} cannot be saved ({error}); {mend}") from error
+
+    def _save_final(self, output: Path) -> None:
+        self._save(str(output))
 
     def _save(self, output_dir=None, state_dict=None):
-        save_gates(self.model.model, output_dir or self.args.output_dir, **self.meta, **_provenance(self))
+        meta = {**self.meta, "trained_budget": self.settings.budget, **self.provenance()}
+        save_gates(self.model.model, output_dir or self.args.output_dir, **meta)
+
+    @property
+    def tokens_per_step(self) -> int:
+        settings = self.settings
+        return settings.batch_size * settings.accumulation * settings.context * self.args.world_size
+
+    def provenance(self) -> dict:
+        """What a trained set's json says of its training."""
+        import transformers
+
+        settings, step = self.settings, self.state.global_step
+        return {
+            "context": settings.context,
+            "steps": step,
+            "tokens": step * self.tokens_per_step,
+            "seed": settings.seed,
+            "settings": asdict(settings),
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        }
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         """As the Trainer does, which asks torch for a device "cpu:0" where several processes share a CPU."""
@@ -170,10 +196,7 @@ def train(
             another model or training.
         SaveError: a checkpoint or the result could not be written.
     """
-    output = Path(output)
-    checkpoint = _last_checkpoint(output) if resume else None
-    if resume and checkpoint is None:
-        raise ValueError(f"{output}: no checkpoint to resume from")
+    checkpoint = checkpoint_in(output, resume)
     if not attention_modules(model):
         raise ValueError(f"{type(model).__name__} has no full-attention layers that gates are known for")
     if checkpoint is not None:
@@ -182,26 +205,55 @@ def train(
         gates = new_gates(model, config.kind, config.intermediate_size, config.context, config.seed)
     attach(model, gates)
     student = Student(model, config)
-    trainer = GateTrainer(student, config, output, dataset, meta or {}, callbacks)
+    arguments = student, config, output, dataset, meta or {}, callbacks
+    return fit(GateTrainer, arguments, checkpoint, ("kl", "capacity", "occupancy"))
+
+
+def fit(trainer_class: type[GateTrainer], arguments: tuple, checkpoint: Path | None, names: Sequence[str]) -> dict:
+    """Trains, writes the result and gives the model back.
+
+    Args:
+        arguments: of ``trainer_class``; the first is the student.
+        checkpoint: to go on from.
+        names: logged values whose means over the last ten steps are returned, as final_NAME.
+
+    Returns:
+        steps, tokens, seconds, tokens_per_second, the final values, output, history.
+    """
+    student, _, output, *_ = arguments
     start = time.perf_counter()
     try:
+        trainer = trainer_class(*arguments)
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         seconds = time.perf_counter() - start
         if trainer.is_world_process_zero():
             trainer.save_result()
     finally:
         student.release()
-    logged = [entry for entry in trainer.state.log_history if "capacity" in entry][-10:]
-    done = len(trainer.history) * _tokens_per_step(trainer)
+    logged = [entry for entry in trainer.state.log_history if any(name in entry for name in names)][-10:]
     return {
         "steps": trainer.state.global_step,
-        "tokens": trainer.state.global_step * _tokens_per_step(trainer),
+        "tokens": trainer.state.global_step * trainer.tokens_per_step,
         "seconds": round(seconds, 2),
-        "tokens_per_second": round(done / seconds, 1),
-        **{f"final_{name}": _mean(entry.get(name) for entry in logged) for name in ("kl", "capacity", "occupancy")},
+        "tokens_per_second": round(len(trainer.history) * trainer.tokens_per_step / seconds, 1),
+        **{f"final_{name}": _mean(entry.get(name) for entry in logged) for name in names},
         "output": str(output),
         "history": trainer.history,
     }
+
+
+def checkpoint_in(output: str | Path, resume: bool) -> Path | None:
+    """The checkpoint to go on from, None without ``resume``. ValueError if there is none."""
+    checkpoint = _last_checkpoint(Path(output)) if resume else None
+    if resume and checkpoint is None:
+        raise ValueError(f"{output}: no checkpoint to resume from")
+    return checkpoint
+
+
+def check_model(checkpoint: Path, theirs: str | None, ours: str | None) -> None:
+    """ValueError if a checkpoint is of another model."""
+    if ours and theirs and Path(ours).name.lower() != Path(theirs).name.lower():
+        raise ValueError(f"{checkpoint} is of {theirs}, not of {ours}")
 
 
 def _last_checkpoint(output: Path) -> Path | None:
@@ -220,8 +272,7 @@ def _last_checkpoint(output: Path) -> Path | None:
 def _resumed(checkpoint: Path, config: GateConfig, base_model: str | None) -> GateSet:
     """The gates of a checkpoint, if it is one of this training."""
     gates = load_gates(checkpoint)
-    if base_model and gates.base_model and Path(base_model).name.lower() != Path(gates.base_model).name.lower():
-        raise ValueError(f"{checkpoint} is of {gates.base_model}, not of {base_model}")
+    check_model(checkpoint, gates.base_model, base_model)
     then = gates.meta.get("gate"), gates.intermediate_size
     if then != (config.kind, config.intermediate_size):
         raise ValueError(f"{checkpoint} has gates {then[0]} of size {then[1]}: resume with these, or start anew")
@@ -232,26 +283,6 @@ def _mean(values) -> float | None:
     """Of the last steps; None for a loss that was not asked for."""
     values = [value for value in values if value is not None]
     return sum(values) / len(values) if values else None
-
-
-def _tokens_per_step(trainer: GateTrainer) -> int:
-    settings = trainer.settings
-    return settings.batch_size * settings.accumulation * settings.context * trainer.args.world_size
-
-
-def _provenance(trainer: GateTrainer) -> dict:
-    import transformers
-
-    settings, step = trainer.settings, trainer.state.global_step
-    return {
-        "trained_budget": settings.budget,
-        "context": settings.context,
-        "steps": step,
-        "tokens": step * _tokens_per_step(trainer),
-        "seed": settings.seed,
-        "settings": asdict(settings),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-    }
 
 
 def _put(student: Student, gates: GateSet) -> None:
