@@ -1,10 +1,8 @@
-"""The gates that ship for smollm2: decayed attention, then soft eviction, then soft eviction on their own answers.
+"""The gates that ship for smollm2: decayed attention first, then soft eviction at drawn budgets.
 
     python recipes/smollm2.py prepare --source DATA --output texts     # novels, GSM8K and MATH -> training texts
     python recipes/smollm2.py answer --data texts                      # the model answers prompts made of them
-    python recipes/smollm2.py train --data texts --output gates        # two stages on one GPU: 8 minutes
-    python recipes/smollm2.py answer --data texts --gates gates/eviction      # answers from a bounded cache
-    python recipes/smollm2.py polish --data texts --gates gates/eviction --output gates    # the third stage
+    python recipes/smollm2.py train --data texts --output gates        # both on one GPU: 8 minutes
 
 DATA holds novels/train.jsonl.gz (public-domain novels, records with author and text), gsm8k/train.jsonl.gz (GSM8K's
 training set) and math/math_test_minus_math500.jsonl.gz (MATH problems with solutions, none of MATH-500). Nothing that
@@ -70,14 +68,6 @@ def eviction() -> GateConfig:
     )
 
 
-def own_answers() -> GateConfig:
-    """Third stage: answers that the model wrote with these gates and few slots, judged by the model with all tokens.
-
-    What goes wrong in an answer begins with small errors that no text of the full model ever shows.
-    """
-    return replace(eviction(), steps=600, learning_rate=1e-3, bias_learning_rate=1e-2, temperatures=(0.1, 0.03), seed=2)
-
-
 def sources(folder: Path) -> list[Source]:
     """What is read, with shares. Short records follow one another in one context, as long contexts are the point."""
     return [
@@ -89,65 +79,37 @@ def sources(folder: Path) -> list[Source]:
     ]
 
 
-def own_sources(folder: Path) -> list[Source]:
-    """Of the third stage; of conversations only the answers count."""
-    return [
-        Source(folder / "novels.jsonl.gz", 0.2),
-        Source(folder / "gsm8k.jsonl.gz", 0.1, borders=False),
-        Source(folder / "math.jsonl.gz", 0.05, borders=False),
-        Source(folder / "chat.jsonl.gz", 0.05),
-        Source(folder / "answers.jsonl.gz", 0.2),
-        Source(folder / "bounded_answers.jsonl.gz", 0.4),
-    ]
-
-
-TEXTS = "49 public-domain novels, GSM8K train, MATH without MATH-500, chats made of them, the model's own answers"
-
-
-def train_stages(stages, model_name: str = "smollm2", gates: Path | None = None) -> None:
-    """Trains one stage after the other; each begins with the gates of the one before.
-
-    Args:
-        stages: (config, sources, whether of conversations only the responses count, folder to write) of each.
-        gates: folder of gates that the first begins with; None begins anew.
-    """
+def train_both(data: Path, output: Path, model_name: str = "smollm2", first=None, second=None) -> None:
+    """Trains both stages one after the other and writes output/decay and output/eviction."""
     import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from trimkv import embedded
     from trimkv.gates.files import load_gates
     from trimkv.train.trainer import train
 
-    model, tokenizer = _load(model_name)
-    meta = {"data": TEXTS, "base_model": "smollm2", "base_sha256": embedded.weights_sha256()}
+    place = embedded.resolve(model_name)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = AutoTokenizer.from_pretrained(place)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype).to(device)
+    texts = "49 public-domain novels, GSM8K train, MATH without MATH-500, chats made of them, the model's own answers"
+    meta = {"data": texts}
+    meta |= {"base_model": "smollm2", "base_sha256": embedded.weights_sha256()}
     torch.set_float32_matmul_precision("high")  # the gates are fp32
-    for config, texts, response_only, output in stages:
+    gates = None
+    for config, name in ((first or decay(), "decay"), (second or eviction(), "eviction")):
         dataset = PackedTexts(
-            texts,
+            sources(data),
             tokenizer,
             config.context,
             seed=config.seed,
-            response_only=response_only,
             samples=config.steps * config.batch_size * config.accumulation,
         )
-        start = None if gates is None else load_gates(gates)
-        result = train(model, dataset, config, output, start, meta=meta, callbacks=[_printer()])
+        result = train(model, dataset, config, output / name, gates, meta=meta, callbacks=[_printer()])
         history = result.pop("history")
-        print(json.dumps({**result, "last": history[-1]}), flush=True)
-        gates = output
-
-
-def _load(model_name: str):
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from trimkv import embedded
-
-    place = embedded.resolve(model_name)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(place, padding_side="left")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    return AutoModelForCausalLM.from_pretrained(place, dtype=dtype).to(device), tokenizer
+        print(json.dumps({"stage": name, **result, "last": history[-1]}), flush=True)
+        gates = load_gates(output / name)
 
 
 def _printer():
@@ -199,43 +161,33 @@ def prepare(source: Path, output: Path) -> None:
     _write(output / "prompts.jsonl.gz", prompts)
 
 
-BUDGETS = (64, 96, 128, 192)  # of answers from a bounded cache, each for a quarter of the prompts
-
-
-def answer(data: Path, model_name: str = "smollm2", gates: Path | None = None, new_tokens: int = 200) -> None:
-    """Answers the prompts of prompts.jsonl.gz, so that gates see the texts that they will work on.
-
-    Writes answers.jsonl.gz, sampled with the full cache; with ``gates`` bounded_answers.jsonl.gz, written with few
-    slots, half of it sampled and half greedy.
-    """
+def answer(data: Path, model_name: str = "smollm2", batch_size: int = 128, new_tokens: int = 200) -> None:
+    """Writes answers.jsonl.gz: the prompts of prompts.jsonl.gz with sampled answers of the model itself, so that gates
+    see the texts that they will work on."""
     import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    import trimkv
+    from trimkv import embedded
 
-    model, tokenizer = _load(model_name)
+    place = embedded.resolve(model_name)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = AutoTokenizer.from_pretrained(place, padding_side="left")
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype).to(device)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     prompts = sorted((record["prompt"] for record in _read(data / "prompts.jsonl.gz")), key=len)
     torch.manual_seed(0)
-    if gates is not None:
-        trimkv.attach(model, gates)
-        batches = [(prompts[i :: len(BUDGETS)], budget) for i, budget in enumerate(BUDGETS)]
-    else:
-        batches = [(prompts[start : start + 128], None) for start in range(0, len(prompts), 128)]
     turns = []
-    for number, (some, budget) in enumerate(batches):
-        chats = [[{"role": "user", "content": prompt}] for prompt in some]
+    for start in range(0, len(prompts), batch_size):
+        some = [[{"role": "user", "content": prompt}] for prompt in prompts[start : start + batch_size]]
         inputs = tokenizer.apply_chat_template(
-            chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
-        ).to(model.device)
-        how = {"do_sample": True, "temperature": 0.7, "top_p": 0.95, "top_k": 0}
-        if budget is not None:
-            how = {} if number % 2 else how
-            how["past_key_values"] = trimkv.bounded_cache(model, "trimkv", budget, chunk=512)
-        out = model.generate(**inputs, max_new_tokens=new_tokens, **{"do_sample": False, **how})
+            some, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+        ).to(device)
+        out = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=True, temperature=0.7, top_p=0.95, top_k=0)
         texts = tokenizer.batch_decode(out[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
-        turns += [(prompt, text.strip()) for prompt, text in zip(some, texts, strict=True) if text.strip()]
+        turns += [(turn[0]["content"], text.strip()) for turn, text in zip(some, texts, strict=True) if text.strip()]
     random.Random(0).shuffle(turns)
-    name = "answers.jsonl.gz" if gates is None else "bounded_answers.jsonl.gz"
-    _write(data / name, _conversations(turns, characters=5000))
+    _write(data / "answers.jsonl.gz", _conversations(turns, characters=5000))
 
 
 def _conversations(turns: list[tuple[str, str]], characters: int = 9000):
@@ -263,34 +215,27 @@ def _write(path: Path, records) -> None:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    makers = {name: commands.add_parser(name) for name in ("prepare", "answer", "train", "polish")}
-    makers["prepare"].add_argument("--source", type=Path, required=True)
-    for name, command in makers.items():
-        if name != "answer":
-            command.add_argument("--output", type=Path, required=True)
-        if name != "prepare":
-            command.add_argument("--data", type=Path, required=True)
-            command.add_argument("--model", default="smollm2", help="alias or folder")
-    makers["answer"].add_argument("--gates", type=Path, help="answer with these and a bounded cache")
-    makers["polish"].add_argument("--gates", type=Path, required=True, help="those of the second stage")
-    makers["train"].add_argument("--steps", type=int, nargs=2, help="of the two stages")
-    makers["polish"].add_argument("--steps", type=int)
+    one = commands.add_parser("prepare")
+    one.add_argument("--source", type=Path, required=True)
+    three = commands.add_parser("answer")
+    two = commands.add_parser("train")
+    for command in (two, three):
+        command.add_argument("--data", type=Path, required=True)
+        command.add_argument("--model", default="smollm2", help="alias or folder")
+    two.add_argument("--steps", type=int, nargs=2, help="of the two stages")
+    for command in (one, two):
+        command.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     if args.command == "prepare":
         prepare(args.source, args.output)
-    elif args.command == "answer":
-        answer(args.data, args.model, args.gates)
-    elif args.command == "train":
-        first, second = decay(), eviction()
-        if args.steps:
-            first, second = replace(first, steps=args.steps[0]), replace(second, steps=args.steps[1])
-        texts = sources(args.data)
-        stages = [(first, texts, False, args.output / "decay"), (second, texts, False, args.output / "eviction")]
-        train_stages(stages, args.model)
-    else:
-        config = replace(own_answers(), steps=args.steps or own_answers().steps)
-        stage = config, own_sources(args.data), True, args.output / "own_answers"
-        train_stages([stage], args.model, args.gates)
+        return
+    if args.command == "answer":
+        answer(args.data, args.model)
+        return
+    first, second = decay(), eviction()
+    if args.steps:
+        first, second = replace(first, steps=args.steps[0]), replace(second, steps=args.steps[1])
+    train_both(args.data, args.output, args.model, first, second)
 
 
 if __name__ == "__main__":
