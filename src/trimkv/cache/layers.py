@@ -10,6 +10,7 @@ from .policies import Policy
 from .rotation import Rotation
 from .seen import Seen
 from .slots import LayerFacts, NewTokens, Slots, SlotStore
+from .static import Keys
 
 
 class BoundedLayer(CacheLayerMixin):
@@ -18,6 +19,10 @@ class BoundedLayer(CacheLayerMixin):
     ``update`` only receives the new keys and values; the work is done in ``attend``, which the registered attention
     function calls with the queries: write, evict, attend. Whatever the length of a forward, it is worked off in chunks:
     no query ever attends to more than M slots and its chunk, and a single token never to more than M (+ buffer).
+
+    After ``allocate`` the layer is static: its slots are there before the first token, and a decode step has shapes and
+    launches that depend neither on host numbers nor on what tensors hold, so that it can be captured as a CUDA graph,
+    with rows of any age. Peaks are then upper bounds.
 
     Args:
         policy: decides what is worth least.
@@ -41,6 +46,7 @@ class BoundedLayer(CacheLayerMixin):
         self.facts = LayerFacts(layer_idx, budget.tokens, self.sinks, rotation)
         self.recent = budget.recent or min(int(policy.recent_share * budget.tokens), budget.tokens - self.sinks - 1)
         self.store: SlotStore | None = None
+        self.static: Keys | None = None  # what was allocated beforehand
         self.peak_prefill_tokens = self.peak_decode_tokens = self.transient_bytes = 0
         self._forget()
 
@@ -56,6 +62,12 @@ class BoundedLayer(CacheLayerMixin):
     @property
     def layer_idx(self) -> int:
         return self.facts.idx
+
+    def allocate(self, keys: Keys, rows: int) -> None:
+        """Makes the layer static: slots for so many rows, all at once."""
+        self.static = keys
+        self.lazy_initialization(*keys.empty(rows))
+        self.store.add_rows(self.policy.row_state(keys.queries, keys.heads, keys.key_dim))
 
     # What the hooks leave for the forward that is about to run.
 
@@ -81,12 +93,15 @@ class BoundedLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        capacity = self.budget.slots if self.policy.bounded and not self.policy.grows else None
+        fixed = self.static is not None or self.policy.bounded and not self.policy.grows
+        capacity = self.budget.slots if fixed else None
         self.store = SlotStore(capacity, key_states, value_states, self.policy.state, self.facts)
         self.is_initialized = True
 
     def update(self, key_states, value_states, *args, **kwargs):
         """Receives the new keys and values, [B, H, T, D], and hands them on to the attention function unchanged."""
+        if self.static is not None:
+            self._check_static(key_states, value_states)
         if self.store is not None and self.store.seen.shape[0] != key_states.shape[0]:
             if self.columns:
                 raise ValueError(
@@ -104,6 +119,16 @@ class BoundedLayer(CacheLayerMixin):
         self.waiting = key_states.shape[2]
         self.columns += self.waiting
         return key_states, value_states
+
+    def _check_static(self, k, v) -> None:
+        rows = self.store.seen.shape[0]
+        if k.shape[0] != rows:
+            raise ValueError(f"this cache is static, for {rows} rows, and got {k.shape[0]}")
+        if not self.static.fits(k, v):
+            raise ValueError(
+                f"layer {self.layer_idx} gives keys {list(k.shape)} and values {list(v.shape)} of {k.dtype} on "
+                f"{k.device}, where {self.static} was expected; leave out rows for this model"
+            )
 
     def get_seq_length(self) -> int:
         """Tokens seen. Positions and rotations are counted from it, so it is never the number stored."""
@@ -127,6 +152,7 @@ class BoundedLayer(CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.store is not None:
+            self._refuse_if_static("repeated")
             rows = torch.arange(self.store.seen.shape[0], device=self.store.seen.device)
             self.store.select_rows(rows.repeat_interleave(repeats))
 
@@ -134,10 +160,17 @@ class BoundedLayer(CacheLayerMixin):
         if self.store is not None:
             if indices.dtype == torch.bool:
                 indices = indices.nonzero().flatten()
+            if len(indices) != self.store.seen.shape[0]:
+                self._refuse_if_static("taken out")
             self.store.select_rows(indices)
+
+    def _refuse_if_static(self, what: str) -> None:
+        if self.static is not None:
+            raise ValueError(f"rows of a static cache cannot be {what}: they were allocated once; leave out rows")
 
     def offload(self) -> None:
         if self.store is not None:
+            self._refuse_if_static("moved to another device")
             self.store.move("cpu")
 
     def prefetch(self) -> None:
@@ -210,6 +243,8 @@ class BoundedLayer(CacheLayerMixin):
     def _decode(self, new: NewTokens, real) -> torch.Tensor:
         """One token: it takes a free slot or the victim's, then attends to all slots of its head."""
         store, buffer = self.store, self.budget.buffer
+        if self.static is not None:
+            self._open()
         if store.growing or store.used < store.capacity:
             store.append(new)
         else:
@@ -236,6 +271,12 @@ class BoundedLayer(CacheLayerMixin):
         if full and (self.padded or self.count == store.capacity):
             self._trim(held)
         return out
+
+    def _open(self) -> None:
+        """From here on all slots are in view, and any of them may be empty: rows are of any age."""
+        if self.store.used < self.store.capacity:
+            self.store.open()
+        self.padded, self.count = True, self.store.capacity
 
     def _trim(self, held: Slots) -> None:
         """Heads that hold M + W tokens go back to M by emptying W slots. Rows may differ; the host reads nothing."""
@@ -290,7 +331,7 @@ class BoundedLayer(CacheLayerMixin):
         store, M, T = self.store, self.budget.tokens, new.k.shape[2]
         limit = max(self.budget.slots - 1, M)  # the most that may stay until the next forward
         total = together.k.shape[2]
-        if not self.policy.bounded or total <= limit:
+        if total <= limit or not (self.policy.bounded or self.static):
             if self.policy.observes:  # the copy's state has learned what the store's has not
                 for name, t in store.view().state.items():
                     t.copy_(together.state[name][:, :, :-T])
@@ -332,19 +373,35 @@ class BoundedLayer(CacheLayerMixin):
         return {"store": held, "columns": self.columns, "padded": self.padded, "count": self.count}
 
     def restore(self, row: int, snapshot: dict, rows: int) -> None:
-        """Puts a row back; an unused layer first makes room for ``rows`` rows."""
+        """Puts a row back, in place; an unused layer that is not static first makes room for ``rows`` rows."""
         held = snapshot["store"]
         if held is None:
             self.reset()
             return
         if self.store is None or self.store.seen.shape[0] != rows:
-            like = held["k"][None, :, :0].expand(rows, -1, -1, -1), held["v"][None, :, :0].expand(rows, -1, -1, -1)
-            self.lazy_initialization(*like)
+            k, v = held["slots"]["k"][None, :, :0], held["slots"]["v"][None, :, :0]
+            self.lazy_initialization(k.expand(rows, -1, -1, -1), v.expand(rows, -1, -1, -1))
+        if self.static is not None:
+            self._open()
         self.store.add_rows(held["row_states"])
-        alone = rows == 1
+        alone = rows == 1 and self.static is None
         self.store.restore(row, held)
         if alone:
-            self.store.used = held["position"].shape[1]
+            self.store.used = held["slots"]["position"].shape[1]
         self.padded = snapshot["padded"] if alone else True
-        self.columns = snapshot["columns"]
+        self.columns = max(self.columns, snapshot["columns"]) if self.static is not None else snapshot["columns"]
         self.count = snapshot["count"] if alone else max(self.count, snapshot["count"])
+
+    def copy_row(self, source: "BoundedLayer", source_row: int, row: int) -> None:
+        """``restore`` from another layer of the same kind, without a copy in between."""
+        if source.store is None:
+            self.clear_row(row)
+            return
+        held = {"store": source.store.row(source_row)}
+        numbers = {"columns": source.columns, "padded": source.padded, "count": source.count}
+        self.restore(row, {**held, **numbers}, self.store.seen.shape[0])
+
+    def clear_row(self, row: int) -> None:
+        """Forgets one row of a static layer; the others do not notice."""
+        self._open()
+        self.store.clear_row(row)
