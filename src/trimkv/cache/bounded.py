@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
 
+from .ahead import Ahead
 from .layers import BoundedLayer
 
 
@@ -33,6 +34,9 @@ class BoundedCache(Cache):
 
     def __init__(self, layers: list):
         super().__init__(layers=layers)
+        self.ahead: Ahead | None = None  # of a static cache whose steps the kernels do
+        if self.static and Ahead.possible(self.slot_layers):
+            self.ahead = Ahead(self.slot_layers)
         self.long_rope = False  # whether kept keys carry LongRoPE's long rotations (rope.py)
 
     def bind(self, model) -> None:
@@ -196,6 +200,17 @@ class BoundedCache(Cache):
         self._check_row(row)
         for mine, theirs in zip(self.layers, source.layers, strict=True):
             mine.copy_row(theirs, source_row, row)
+
+    def begin_step(self, real_B1: torch.Tensor | None) -> None:
+        """Called by the model's hook before a forward of one token per row."""
+        if self.ahead is not None:
+            self.ahead.begin(real_B1)
+
+    def refresh(self) -> None:
+        """Makes a static cache ready for the replay of a captured decode step. Call it after ``copy_row``, ``restore``,
+        ``clear_rows``, ``reset`` or a prompt, in any number; it does nothing where nothing has changed."""
+        if self.ahead is not None:
+            self.ahead.refresh()
 
     def clear_rows(self, rows: "int | list[int]") -> None:
         """Forgets the tokens of some rows of a static cache, in place; the others do not notice.

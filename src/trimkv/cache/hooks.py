@@ -81,6 +81,8 @@ def _before_decoder(model, decoder, args, kwargs):
     follow_long_rope(decoder, cache, kwargs.get("position_ids"), tokens.shape[1])
     if cache.static and kwargs.get("position_ids") is None:
         kwargs = {**kwargs, "position_ids": _own_positions(cache.seen, cache.slot_layers[0].real, tokens.shape[1])}
+    if cache.static and tokens.shape[1] == 1:
+        cache.begin_step(cache.slot_layers[0].real)
     if isinstance(mask, torch.Tensor) and cache.all_slots:
         # No layer will read a mask made from it, and making one costs a host sync per step on a GPU.
         return args, {**kwargs, "attention_mask": None}

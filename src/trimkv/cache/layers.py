@@ -6,6 +6,7 @@ from transformers.cache_utils import CacheLayerMixin
 from ..attention import slots as attention
 from ..attention.slots import NO_TOKEN
 from ..budget import Budget
+from . import fused
 from .policies import Policy
 from .rotation import Rotation
 from .seen import Seen
@@ -47,6 +48,7 @@ class BoundedLayer(CacheLayerMixin):
         self.recent = budget.recent or min(int(policy.recent_share * budget.tokens), budget.tokens - self.sinks - 1)
         self.store: SlotStore | None = None
         self.static: Keys | None = None  # what was allocated beforehand
+        self.ahead, self.place = None, 0  # what a static cache's layers have in common (ahead.py), and which of them
         self.peak_prefill_tokens = self.peak_decode_tokens = self.transient_bytes = 0
         self._forget()
 
@@ -58,6 +60,13 @@ class BoundedLayer(CacheLayerMixin):
         self.real: torch.Tensor | None = None  # [B, T] False where a token to come is padding; None = no padding
         self.waiting = 0  # tokens given to update() that no attention has seen yet
         self.more = False  # whether the prompt goes on after the forward to come
+        self._touched()
+
+    def _touched(self) -> None:
+        """Something but a decode step has changed what is held: where the next token goes must be found anew."""
+        self.next_slot: torch.Tensor | None = None  # [B, H], found by the kernel in the step before
+        if self.ahead is not None:
+            self.ahead.stale = True
 
     @property
     def layer_idx(self) -> int:
@@ -151,12 +160,14 @@ class BoundedLayer(CacheLayerMixin):
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        self._touched()
         if self.store is not None:
             self._refuse_if_static("repeated")
             rows = torch.arange(self.store.seen.shape[0], device=self.store.seen.device)
             self.store.select_rows(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._touched()
         if self.store is not None:
             if indices.dtype == torch.bool:
                 indices = indices.nonzero().flatten()
@@ -171,6 +182,7 @@ class BoundedLayer(CacheLayerMixin):
     def offload(self) -> None:
         if self.store is not None:
             self._refuse_if_static("moved to another device")
+            self._touched()
             self.store.move("cpu")
 
     def prefetch(self) -> None:
@@ -195,6 +207,8 @@ class BoundedLayer(CacheLayerMixin):
         log_beta = self._take_log_beta(module, k, v) if "log_beta" in self.policy.needs else None
         self._note(q, k, scaling, softcap, s_aux)
         real, self.real, self.waiting = self.real, None, 0
+        if self.ahead is not None and k.shape[2] == 1:
+            return self._decode_ahead(q, k, v, log_beta)
         if real is not None:
             real = real.to(k.device)
         T, step = k.shape[2], self.chunk or k.shape[2]
@@ -244,33 +258,118 @@ class BoundedLayer(CacheLayerMixin):
         """One token: it takes a free slot or the victim's, then attends to all slots of its head."""
         store, buffer = self.store, self.budget.buffer
         if self.static is not None:
+            self._touched()
             self._open()
-        if store.growing or store.used < store.capacity:
-            store.append(new)
+        free = store.growing or store.used < store.capacity
+        slot = None if free else self.find_slot()
+        moved = self.policy.moves_keys or self.policy.selects
+        kernels = None if moved else fused.kernels(new.q, new.k, new.v)
+        if kernels is not None:
+            out = self._decode_fused(kernels, new, real, slot)
         else:
-            held = store.view()
-            if buffer:  # the last trim left free slots
-                slot = held.position.argmin(-1, keepdim=True)
+            if free:
+                store.append(new)
             else:
-                slot = attention.victim(self._score(held, arriving=1), held.position)
-            store.overwrite(slot, new, None if real is None else real[:, 0])
-        store.advance(1, real)
-        held = store.view()
-        self.count = min(self.count + 1, store.used)
-        attended = min(self.count, self.policy.attended(self.budget.tokens)) if self.policy.selects else self.count
-        self.peak_decode_tokens = max(self.peak_decode_tokens, attended)
-        mask = None
-        if self.policy.selects:
-            mask = self.policy.visible(held, new)[:, :, None, :]
-        elif self._any_empty and "attention" not in self.policy.needs:
-            mask = held.valid[:, :, None, :]
-        if mask is not None and real is not None:
-            mask = mask | ~real[:, None, None, :]
-        out = self._attend(held, new, real, mask)
+                store.overwrite(slot, new, None if real is None else real[:, 0])
+            store.advance(1, real)
+            self._count_one()
+            held, mask = store.view(), None
+            if self.policy.selects:
+                mask = self.policy.visible(held, new)[:, :, None, :]
+            elif self._any_empty and "attention" not in self.policy.needs:
+                mask = held.valid[:, :, None, :]
+            if mask is not None and real is not None:
+                mask = mask | ~real[:, None, None, :]
+            out = self._attend(held, new, real, mask)
         full = buffer and not store.growing and store.used == store.capacity
         if full and (self.padded or self.count == store.capacity):
-            self._trim(held)
+            self._trim(store.view())
         return out
+
+    def _count_one(self) -> None:
+        self.count = min(self.count + 1, self.store.used)
+        attended = min(self.count, self.policy.attended(self.budget.tokens)) if self.policy.selects else self.count
+        self.peak_decode_tokens = max(self.peak_decode_tokens, attended)
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether a decode step can find the slot of the step after it."""
+        return bool(self.policy.search) and not self.budget.buffer
+
+    def find_slot(self) -> torch.Tensor:
+        """int [B, H, 1]: where the next token goes when all slots are in view: an empty one, else the victim's."""
+        if self.next_slot is not None:
+            return self.next_slot[..., None]
+        if self.static is not None:
+            self._open()
+        held = self.store.view()
+        if self.budget.buffer:  # the last trim left free slots
+            return held.position.argmin(-1, keepdim=True)
+        return attention.victim(self._score(held, arriving=1), held.position)
+
+    def _decode_fused(self, kernels, new: NewTokens, real, slot) -> torch.Tensor:
+        """A decode step by the kernel. ``slot`` [B, H, 1] as for the plain one; None takes the next free slot."""
+        store, facts, policy = self.store, self.facts, self.policy
+        if slot is None:
+            store.reserve(1)
+            slot = torch.full(new.k.shape[:2], store.used, dtype=torch.int32, device=new.k.device)
+            store.used += 1
+        else:
+            slot = slot[..., 0]
+        if real is not None:
+            slot = slot.masked_fill(~real, -1)
+        ahead = self.looks_ahead and self.static is None and not store.growing and store.used == store.capacity
+        watched = "attention" in policy.needs
+        any_empty = self.padded or self.count + 1 < store.used
+        got = self._run_kernel(
+            kernels,
+            *(new.q, new.k, new.v, new.state.get("log_beta"), slot, store.seen),
+            score=policy.search if ahead else "none",
+            used=store.used,
+            any_empty=any_empty,
+            probabilities=watched,
+        )
+        self.next_slot = got.next_slot if ahead else None
+        if policy.search != "retention":
+            store.overwrite_state(slot, new)
+        store.advance(1, real)
+        self._count_one()
+        if policy.observes:
+            held = store.view()
+            shares = got.probabilities[:, :, : store.used] if watched else None
+            seen = Seen(new.q, new.position[:, 0], real, held.k, held.position, facts, shares=shares)
+            policy.observe(held, seen)
+        return got.out[:, :, None]
+
+    def _decode_ahead(self, q, k, v, log_beta) -> torch.Tensor:
+        """A decode step of a static cache that knows where its tokens go: the kernel is all there is to do."""
+        ahead, i = self.ahead, self.place
+        kernels = fused.kernels(q, k, v)
+        self._open()
+        self.peak_decode_tokens = max(self.peak_decode_tokens, self.count)
+        got = self._run_kernel(
+            kernels,
+            *(q, k, v, log_beta, ahead.slot[i], ahead.now),
+            score=self.policy.search,
+            next_slot_BH=ahead.next_slot[i],
+        )
+        return got.out[:, :, None]
+
+    def _run_kernel(self, kernels, q, k, v, log_beta, slot, now, **options):
+        """``slots_triton.decode`` with what this layer knows."""
+        store, facts = self.store, self.facts
+        retention = self.policy.search == "retention"
+        return kernels.decode(
+            *(q[:, :, 0], k[:, :, 0], v[:, :, 0], store.k, store.v, store.position, slot, now, facts.scaling),
+            log_beta_new_BH=log_beta[:, :, 0].float() if retention else None,
+            log_beta_BHC=store.state["log_beta"] if retention else None,
+            softcap=facts.softcap,
+            s_aux_Q=facts.s_aux,
+            sinks=self.sinks,
+            recent=max(self.recent - 1, 0),  # the arriving token is one of them
+            offset=self.policy.offset,
+            **options,
+        )
 
     def _open(self) -> None:
         """From here on all slots are in view, and any of them may be empty: rows are of any age."""
@@ -289,6 +388,7 @@ class BoundedLayer(CacheLayerMixin):
 
     def _prefill(self, new: NewTokens, real) -> torch.Tensor:
         """A chunk: its tokens attend to the kept slots and to each other, then the best M of all are kept."""
+        self._touched()
         store, n, T = self.store, self.store.used, new.k.shape[2]
         together = store.view().with_new(new) if n else new
         self.peak_prefill_tokens = max(self.peak_prefill_tokens, self.count + T)
@@ -374,6 +474,7 @@ class BoundedLayer(CacheLayerMixin):
 
     def restore(self, row: int, snapshot: dict, rows: int) -> None:
         """Puts a row back, in place; an unused layer that is not static first makes room for ``rows`` rows."""
+        self._touched()
         held = snapshot["store"]
         if held is None:
             self.reset()
@@ -403,5 +504,6 @@ class BoundedLayer(CacheLayerMixin):
 
     def clear_row(self, row: int) -> None:
         """Forgets one row of a static layer; the others do not notice."""
+        self._touched()
         self._open()
         self.store.clear_row(row)

@@ -196,6 +196,13 @@ class SlotStore:
         for name, t in state.items():
             self.state[name].scatter_(2, slot_BH1, t)
 
+    def overwrite_state(self, slot_BH: torch.Tensor, new: Slots) -> None:
+        """What ``overwrite`` does for the state that policies keep per token; slot -1 writes nothing."""
+        index, writes = slot_BH.clamp_min(0).long()[..., None], (slot_BH >= 0)[..., None]
+        for name, t in new.state.items():
+            held = self.state[name]
+            held.scatter_(2, index, torch.where(writes, t, held.gather(2, index)))
+
     def replace(self, source: Slots, index_BHN: torch.Tensor, position_BHN: torch.Tensor) -> None:
         """Fills the first N slots with the tokens of ``source`` at ``index_BHN``; the rest become empty."""
 
