@@ -7,7 +7,8 @@ pairs with `full` and with `streaming_llm`, so that a drifting machine hits all.
 context is that of the first round at least, and grows by a token a step. Gates and heads are untrained ones of the
 sizes that smollm2's have: what they say does not change what they cost.
 
-The model runs step by step, as `generate` runs it: on a GPU a step of so small a model is bound by kernel launches.
+On a GPU a step is a replayed CUDA graph, but for seer_attention_r, whose slots grow with the text. On a CPU the model
+runs step by step, as `generate` runs it.
 """
 
 import argparse
@@ -23,7 +24,8 @@ from shapes import SMOLLM2
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import trimkv
-from trimkv.cache.policies import POLICIES
+from trimkv.cache.graph import DecodeStep
+from trimkv.cache.policies import POLICIES, make
 from trimkv.gates.attach import new_gates
 from trimkv.gates.head_sets import attach_heads, new_heads
 
@@ -47,16 +49,30 @@ def allocated(device: str) -> int | None:
     return torch.cuda.memory_allocated() if device == "cuda" else None
 
 
-def decode(model, cache, tokens_TB1: torch.Tensor) -> float:
+def decode(step, tokens_TB: torch.Tensor) -> float:
     """Milliseconds per step of feeding these tokens one by one."""
-    if tokens_TB1.is_cuda:
+    if tokens_TB.is_cuda:
         torch.cuda.synchronize()
     start = time.perf_counter()
-    for token in tokens_TB1:
-        model(token, past_key_values=cache, use_cache=True)
-    if tokens_TB1.is_cuda:
+    for token in tokens_TB:
+        step(token)
+    if tokens_TB.is_cuda:
         torch.cuda.synchronize()
-    return 1000 * (time.perf_counter() - start) / len(tokens_TB1)
+    return 1000 * (time.perf_counter() - start) / len(tokens_TB)
+
+
+def plain_step(model, cache):
+    return lambda token_B: model(token_B[:, None], past_key_values=cache, use_cache=True)
+
+
+def read(model, name: str, prompt_BT: torch.Tensor, length: int, args):
+    """A cache that has read the prompt, and what feeds it a token. ``full`` gets slots for the whole length."""
+    batch, policy = len(prompt_BT), make(name)
+    recorded = args.device == "cuda" and not policy.selects
+    budget = args.budget if policy.bounded or policy.selects else length
+    cache = trimkv.bounded_cache(model, policy, budget, chunk=args.chunk, rows=batch if recorded else None)
+    trimkv.prefill(model, cache, prompt_BT, chunk=args.chunk)
+    return cache, DecodeStep(model, cache) if recorded else plain_step(model, cache)
 
 
 @torch.inference_mode()
@@ -65,19 +81,18 @@ def measure(model, names: list[str], batch: int, args) -> list[dict]:
     device, generator = args.device, torch.Generator().manual_seed(0)
     length = args.prompt + (args.rounds + 1) * args.steps
     ids = torch.randint(10, 40_000, (batch, length), generator=generator).to(device)
-    prompt, rest = ids[:, : args.prompt], ids[:, args.prompt :].T[..., None].contiguous()
-    decode(model, trimkv.bounded_cache(model, "full"), rest[:8])  # libraries allocate their workspaces once
-    caches, held = {}, {}
+    prompt, rest = ids[:, : args.prompt], ids[:, args.prompt :].T.contiguous()
+    decode(plain_step(model, trimkv.bounded_cache(model, "full")), rest[:8])  # libraries allocate their workspaces once
+    caches, steps, held = {}, {}, {}
     for name in names:
         before = allocated(device)
-        caches[name] = cache = trimkv.bounded_cache(model, name, args.budget, chunk=args.chunk)
-        trimkv.prefill(model, cache, prompt, chunk=args.chunk)
-        decode(model, cache, rest[: args.steps])  # warms up, and makes `full` grow once
+        caches[name], steps[name] = read(model, name, prompt, length, args)
+        decode(steps[name], rest[: args.steps])  # warms up, and makes `full` grow once
         held[name] = None if before is None else allocated(device) - before
     times = {name: [] for name in names}
     for number, tokens in enumerate(rest[args.steps :].split(args.steps)):
         for name in names:
-            times[name].append(decode(model, caches[name], tokens))
+            times[name].append(decode(steps[name], tokens))
         print(f"batch {batch}, round {number + 1} of {args.rounds}", file=sys.stderr, flush=True)
     return [_row(name, batch, caches[name], held[name], times) for name in names]
 
