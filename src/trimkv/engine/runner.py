@@ -1,0 +1,209 @@
+"""The device's side of the engine: reads prompts chunk by chunk and makes one token for every running row."""
+
+import contextlib
+from collections import OrderedDict
+
+import torch
+
+from ..budget import Budget
+from ..cache.bounded import RowSnapshot
+from ..cache.policies import Policy
+from . import batch
+from .compiled import compile_parts, undo
+from .graphs import Graphs
+from .reports import Reports
+from .request import Request
+from .rows import Rows
+from .sampling import choose
+
+
+class Runner:
+    """A model, the slots of R rows, and one more row in which a prompt is read before it joins the others.
+
+    All memory is taken here. Methods are called by one thread at a time; none waits for the device but ``results``.
+
+    Args:
+        chunk: tokens of a prompt that one forward takes.
+        prefixes: rows that may be kept for later (``keep``).
+        compile: whether to compile the elementwise parts of layers, which takes a while at the first steps.
+        fast_start: on a GPU, graphs are captured when they are first needed and not all at the start.
+    """
+
+    def __init__(
+        self,
+        model,
+        policy: Policy,
+        budget: Budget,
+        rows: int,
+        chunk: int,
+        prefixes: int = 0,
+        compile: bool = False,
+        fast_start: bool = False,
+    ):
+        self.model, self.num_rows, self.chunk, self.prefixes = model, rows, chunk, prefixes
+        self.device, self.on_gpu = model.device, model.device.type == "cuda"
+        self.vocabulary = model.config.get_text_config(decoder=True).vocab_size
+        self.cache = batch.make_batch(model, policy, budget, chunk, rows)
+        self.staging = batch.make_batch(model, policy, budget, chunk, 1)
+        self.rows = Rows.empty(rows, self.vocabulary, self.device)
+        self.reports = Reports(rows, self.device)
+        self.kept: OrderedDict[tuple[int, ...], RowSnapshot] = OrderedDict()
+        self.prompt = torch.empty(0, dtype=torch.int64)  # what is in the staging row, or will be
+        self.parts = compile_parts(model) if compile else []
+        self.graphs = Graphs(self._step, self._idle) if self.on_gpu and batch.STATIC else None
+        if self.on_gpu:
+            self._warm_up(budget.slots + 2 * chunk)
+        if self.graphs and not fast_start:
+            for size in sorted({self._bucket(n + 1) for n in range(rows)}, reverse=True):
+                for plain in (True, False):
+                    self.graphs.capture(size, plain)
+
+    # A prompt.
+
+    @torch.no_grad()
+    def begin(self, request: Request) -> int:
+        """Makes the staging row ready for a prompt. Returns how many of its tokens are there already."""
+        self._wipe_staging()
+        prompt = torch.tensor(request.prompt)
+        self.prompt = (prompt.pin_memory() if self.on_gpu else prompt).to(self.device, non_blocking=True)
+        key = tuple(request.prompt)
+        known = [prefix for prefix in self.kept if len(prefix) < len(key) and key[: len(prefix)] == prefix]
+        if not known:
+            return 0
+        longest = max(known, key=len)
+        self.kept.move_to_end(longest)
+        self.staging.restore(self.kept[longest])
+        return len(longest)
+
+    @torch.no_grad()
+    def read(self, start: int, end: int, more: bool) -> torch.Tensor:
+        """Feeds tokens start..end-1 of the prompt. Returns the logits of the last, [1, V].
+
+        Args:
+            more: whether the text goes on after them.
+        """
+        self.staging.stage_more(more)
+        positions = torch.arange(start, end, device=self.device)[None]
+        ids = self.prompt[None, start:end]
+        return self.model(
+            input_ids=ids, position_ids=positions, past_key_values=self.staging, use_cache=True, logits_to_keep=1
+        ).logits[:, -1]
+
+    @torch.no_grad()
+    def join(self, request: Request, row: int, logits_1V: torch.Tensor) -> None:
+        """Puts the staging row, whose prompt is read, among the running ones and draws its first token."""
+        batch.copy_row(self.staging, 0, self.cache, row)
+        self.rows.place(row, request, self.prompt)
+        own = self.rows.part(row, row + 1)
+        own.advance(*choose(logits_1V, own, request.params.plain))
+        self.reports.send(own.report, (request,))
+
+    @torch.no_grad()
+    def keep(self, request: Request) -> None:
+        """Keeps the staging row for prompts that begin with this one; of too many the longest unused goes."""
+        key = tuple(request.prompt)
+        self.kept.pop(key, None)
+        while len(self.kept) >= self.prefixes:
+            self.kept.popitem(last=False)
+        self.kept[key] = self.staging.snapshot()
+
+    # The running rows.
+
+    @torch.no_grad()
+    def decode(self, requests: list[Request | None]) -> None:
+        """One token for every row, of R, that has a request."""
+        size = self._bucket(max(row for row, request in enumerate(requests) if request is not None) + 1)
+        plain = all(request is None or request.params.plain for request in requests)
+        (self.graphs or self._step)(size, plain)
+        self.reports.send(self.rows.report[:size], tuple(requests[:size]))
+
+    def _step(self, size: int, plain: bool) -> None:
+        """One step of the first ``size`` rows; nothing in it reads the device."""
+        whole = size == self.num_rows
+        rows = self.rows if whole else self.rows.part(0, size)
+        cache = self.cache if whole else batch.first_rows(self.cache, size)
+        logits = self.model(
+            input_ids=rows.token[:, None],
+            position_ids=rows.position[:, None],
+            attention_mask=rows.active[:, None],
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[:, -1]
+        if not whole:
+            batch.count_steps(self.cache, cache)
+        rows.advance(*choose(logits, rows, plain))
+
+    def _bucket(self, rows: int) -> int:
+        """Rows that a step takes for so many: on a GPU few sizes, each a graph; on a CPU every row costs."""
+        return min(1 << (rows - 1).bit_length(), self.num_rows) if self.on_gpu else rows
+
+    def results(self, all_of_them: bool):
+        """(request, token, reason) of what has arrived: all, or all but the newest step's on a GPU."""
+        return self.reports.read(leave=0 if all_of_them or not self.on_gpu else 1)
+
+    @torch.no_grad()
+    def release(self, row: int) -> None:
+        """Frees a row and wipes it."""
+        self.rows.active[row].fill_(False)
+        batch.clear_row(self.cache, row)
+
+    def _wipe_staging(self) -> None:
+        self.staging.reset()
+        batch.clear_row(self.staging, 0)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """After a step that broke off: every row is free and as new. Kept prefixes stay."""
+        self.reports.drop()
+        self.rows.active.zero_()
+        self.cache.reset()
+        for row in range(self.num_rows):
+            batch.clear_row(self.cache, row)
+        self._wipe_staging()
+
+    @contextlib.contextmanager
+    def _idle(self):
+        """Within, no row is active."""
+        active = self.rows.active.clone()
+        self.rows.active.zero_()
+        try:
+            yield
+        finally:
+            self.rows.active.copy_(active)
+
+    @torch.no_grad()
+    def _warm_up(self, tokens: int) -> None:
+        """Reads a prompt that fills the slots, keeps it as often as it may be kept and makes a token: what the largest
+        forwards need is then in the allocator's hands."""
+        self.prompt = torch.zeros(tokens, dtype=torch.int64, device=self.device)
+        for start in range(0, tokens, self.chunk):
+            self.read(start, min(start + self.chunk, tokens), more=False)
+        taken = [self.staging.snapshot() for _ in range(self.prefixes)]
+        del taken
+        batch.copy_row(self.staging, 0, self.cache, 0)
+        for plain in (True, False):
+            self._step(self.num_rows, plain)
+        self.reset()
+
+    # Accounting.
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes by purpose: what is allocated, and at most for prefixes and logits."""
+        row = self.staging.nbytes
+        logits = self.num_rows * self.vocabulary * self.model.dtype.itemsize
+        return {
+            "weights": sum(p.nbytes for p in (*self.model.parameters(), *self.model.buffers())),
+            "slots": self.cache.nbytes,
+            "staging": row,
+            "prefixes": self.prefixes * row,
+            "rows": self.rows.nbytes,
+            "logits": logits,
+        }
+
+    def close(self) -> None:
+        """Gives memory back; the model stays usable."""
+        undo(self.parts)
+        self.graphs = None
+        self.kept.clear()
+        self.cache = self.staging = self.rows = None
