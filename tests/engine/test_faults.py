@@ -125,7 +125,7 @@ def test_nothing_of_a_failed_row_reaches_the_next_request_in_it(model, policy):
         for i, t in enumerate(alone(model, policy, prompt(p), 12))
         if i > 2 and t not in prompt(p) + prompt(3) + after
     )
-    with Engine(model, policy, BUDGET, rows=1, chunk=CHUNK) as engine:
+    with Engine(model, policy, BUDGET, rows=2, chunk=CHUNK) as engine:
         for bad in (spoilt, [*prompt(12), token]):
             with poisoned(model, token):
                 assert engine.generate([bad], long(25))[0].finish_reason == "error"
