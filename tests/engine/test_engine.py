@@ -56,6 +56,23 @@ def test_a_request_gets_what_it_gets_alone(model, policy, buffer):
     assert {request.finish_reason for request in found} == {"length"}
 
 
+@pytest.mark.parametrize("policy", ["trimkv", "streaming_llm", "h2o"])
+def test_results_that_come_a_step_late_and_rows_that_rest_change_nothing(model, policy):
+    """As on a GPU, where the host does not wait for a step, and steps come in few sizes."""
+    expected = [alone(model, policy, prompt(p), n) for p, n in LENGTHS]
+    stops = [(tokens[len(tokens) // 2],) for tokens in expected[:-1]] + [()]
+    expected = [
+        tokens[: tokens.index(*stop) + 1] if stop else tokens for tokens, stop in zip(expected, stops, strict=True)
+    ]
+    params = [long(n, stop=stop) for (_, n), stop in zip(LENGTHS, stops, strict=True)]
+    with Engine(model, policy, BUDGET, rows=5, chunk=CHUNK) as engine:
+        engine.runner.lag, engine.runner.few_sizes = 1, True
+        requests = [(prompt(p), param) for (p, _), param in zip(LENGTHS, params, strict=True)]
+        found = run_with_arrivals(engine, requests)
+        assert [engine.runner._bucket(n) for n in (1, 2, 3, 4, 5)] == [1, 2, 4, 4, 5]
+    assert [request.tokens for request in found] == expected
+
+
 def test_other_policies_than_those_with_fixed_memory_are_refused(model):
     for policy in sorted(set(POLICIES) - set(FIXED)):
         with pytest.raises(ValueError, match="fixed number of slots.*streaming_llm"):

@@ -17,10 +17,12 @@ def model():
     return tiny.gated("qwen3")
 
 
-@pytest.fixture(params=["trimkv", "streaming_llm", "h2o"])
+@pytest.fixture(params=[("trimkv", 0), ("trimkv", 1), ("streaming_llm", 0), ("h2o", 1)])
 def engine(model, request):
-    engine = Engine(model, request.param, BUDGET, rows=2, chunk=CHUNK)
-    engine.policy_name = request.param
+    """Also with results that come a step late, as on a GPU."""
+    policy, lag = request.param
+    engine = Engine(model, policy, BUDGET, rows=2, chunk=CHUNK)
+    engine.policy_name, engine.runner.lag = policy, lag
     with engine:
         yield engine
 

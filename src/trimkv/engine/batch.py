@@ -77,6 +77,12 @@ def first_rows(cache: BoundedCache, rows: int) -> BoundedCache:
     return part
 
 
+def follow_mask(cache: BoundedCache) -> None:
+    """Makes the coming steps look at the mask on the device, also where the host sees no reason for it."""
+    for layer in cache.slot_layers:
+        layer.padded = True
+
+
 def count_steps(cache: BoundedCache, part: BoundedCache) -> None:
     """Takes over what the host has counted while ``part``, first rows of this cache, was used."""
     for layer, used in zip(cache.slot_layers, part.slot_layers, strict=True):

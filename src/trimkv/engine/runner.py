@@ -42,6 +42,8 @@ class Runner:
     ):
         self.model, self.num_rows, self.chunk, self.prefixes = model, rows, chunk, prefixes
         self.device, self.on_gpu = model.device, model.device.type == "cuda"
+        self.lag = int(self.on_gpu)  # steps whose results are not waited for
+        self.few_sizes = self.on_gpu  # a size is a graph there; on a CPU every row costs
         self.vocabulary = model.config.get_text_config(decoder=True).vocab_size
         self.cache = batch.make_batch(model, policy, budget, chunk, rows)
         self.staging = batch.make_batch(model, policy, budget, chunk, 1)
@@ -54,9 +56,7 @@ class Runner:
         if self.on_gpu:
             self._warm_up(budget.slots + 2 * chunk)
         if self.graphs and not fast_start:
-            for size in sorted({self._bucket(n + 1) for n in range(rows)}, reverse=True):
-                for plain in (True, False):
-                    self.graphs.capture(size, plain)
+            self._capture()
 
     # A prompt.
 
@@ -122,6 +122,8 @@ class Runner:
         whole = size == self.num_rows
         rows = self.rows if whole else self.rows.part(0, size)
         cache = self.cache if whole else batch.first_rows(self.cache, size)
+        if self.graphs:
+            batch.follow_mask(cache)
         logits = self.model(
             input_ids=rows.token[:, None],
             position_ids=rows.position[:, None],
@@ -134,12 +136,12 @@ class Runner:
         rows.advance(*choose(logits, rows, plain))
 
     def _bucket(self, rows: int) -> int:
-        """Rows that a step takes for so many: on a GPU few sizes, each a graph; on a CPU every row costs."""
-        return min(1 << (rows - 1).bit_length(), self.num_rows) if self.on_gpu else rows
+        """Rows that a step takes for so many."""
+        return min(1 << (rows - 1).bit_length(), self.num_rows) if self.few_sizes else rows
 
     def results(self, all_of_them: bool):
-        """(request, token, reason) of what has arrived: all, or all but the newest step's on a GPU."""
-        return self.reports.read(leave=0 if all_of_them or not self.on_gpu else 1)
+        """(request, token, reason) of what has arrived: all, or all but what the newest step makes on a GPU."""
+        return self.reports.read(leave=0 if all_of_them else self.lag)
 
     @torch.no_grad()
     def release(self, row: int) -> None:
@@ -170,6 +172,13 @@ class Runner:
             yield
         finally:
             self.rows.active.copy_(active)
+
+    @torch.no_grad()
+    def _capture(self) -> None:
+        """All graphs, the largest first: the others find room in its memory."""
+        for size in sorted({self._bucket(n + 1) for n in range(self.num_rows)}, reverse=True):
+            for plain in (True, False):
+                self.graphs.capture(size, plain)
 
     @torch.no_grad()
     def _warm_up(self, tokens: int) -> None:
