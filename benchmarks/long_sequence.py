@@ -6,8 +6,12 @@ The paper's loss (KL + next token) with gates of width 512 and gradient checkpoi
 """
 
 import argparse
+import os
 import sys
 import time
+
+# Layers of 100 GB leave gaps of tens of GB between blocks of fixed size.
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 from record import save

@@ -2,6 +2,7 @@
 
     python recipes/smollm2.py prepare --source DATA --output texts             # once, and answer, as for the gates
     python recipes/smollm2_baselines.py --data texts --output heads            # one GPU; writes heads/METHOD
+    torchrun --nproc-per-node 4 recipes/smollm2_baselines.py ...               # the same batches on four GPUs
 
 What differs from the published settings, in favour of the baselines unless said otherwise:
 - widths: a retaining head of 64 instead of 1024 and block gates of 32 instead of 128, so that the weights (3.7 MB and
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import smollm2
 
+from trimkv.train import processes
 from trimkv.train.data import PackedTexts
 from trimkv.train.heads import HeadConfig, train_heads
 
@@ -32,7 +34,8 @@ def tokens_of_the_gates() -> int:
 def config(method: str, steps: int | None = None, batch_size: int = 8, context: int = 2048) -> HeadConfig:
     """The training of one baseline; as many tokens as the gates had unless ``steps`` are given."""
     steps = steps or round(tokens_of_the_gates() / (batch_size * context))
-    same = {"steps": steps, "batch_size": batch_size, "context": context, "save_steps": 500}
+    same = {"steps": steps, "batch_size": batch_size // processes.count(), "context": context, "save_steps": 500}
+    same["compile"] = True
     if method == "locret":
         return HeadConfig.locret(width=64, learning_rate=3e-3, warmup_steps=steps // 10, **same)
     return HeadConfig.seer_attention_r(width=32, block_size=16, learning_rate=3e-3, **same)
@@ -45,8 +48,10 @@ def train_baselines(data: Path, output: Path, model_name="smollm2", methods=METH
 
     from trimkv import embedded
 
-    place = embedded.resolve(model_name)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    place, device = embedded.resolve(model_name), "cpu"
+    if torch.cuda.is_available():
+        processes.take_gpu()
+        device = "cuda"
     tokenizer = AutoTokenizer.from_pretrained(place)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype).to(device)
@@ -57,11 +62,13 @@ def train_baselines(data: Path, output: Path, model_name="smollm2", methods=METH
         meta["base_sha256"] = embedded.weights_sha256()
     for method in methods:
         settings = config(method, steps)
-        samples = settings.steps * settings.batch_size * settings.accumulation
+        samples = settings.steps * settings.batch_size * settings.accumulation * processes.count()
         dataset = PackedTexts(smollm2.sources(data), tokenizer, settings.context, seed=settings.seed, samples=samples)
         result = train_heads(model, dataset, settings, output / method, None, resume, meta, [_printer()])
         history = result.pop("history")
-        print(json.dumps({**result, "last": history[-1]}), flush=True)
+        if processes.number() == 0:
+            print(json.dumps({**result, "last": history[-1]}), flush=True)
+    processes.leave()
 
 
 def _printer():

@@ -186,7 +186,7 @@ def test_the_operators_are_well_behaved():
     """torch's own checks of schema, fake tensors and mutation; and one graph under torch.compile."""
     given = step(2, 2, 2, 9, 16, empty=0.0)
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    rest = (None, None, "retention", 1, 2, 0, 9, True, True, True, None)
+    rest = (None, None, "retention", 1, 2, 0, 9, True, True, True, None, None)
     torch.library.opcheck(torch.ops.trimkv.decode_slots, (*given.values(), *rest), test_utils=tests)
     given = chunk(2, 2, 2, 9, 5, 16, empty=0.0, padded=False)
     torch.library.opcheck(torch.ops.trimkv.attend_chunk, (*given.values(), None, None, 9, True, True), test_utils=tests)

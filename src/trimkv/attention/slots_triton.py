@@ -12,7 +12,7 @@ nobody concatenates them. The G query heads of a KV head lie in one block of que
 
 Keys and values of empty slots are not read either, whatever they hold. All logits are in fp32 and in base 2.
 
-The cache does not call these yet: they are proven in Triton's interpreter, and still to be run and timed on a device.
+Proven in Triton's interpreter; block sizes and numbers of splits are still to be timed on a device.
 
 Shapes: B rows, T new tokens, C slots, H KV heads, Q query heads, G = Q/H, D head dim. Names in kernels: BN keys and BM
 query rows in a block, BG the group and BD the head dim as powers of two; i, j the indices of queries and keys; x
@@ -97,6 +97,7 @@ def decode(
     lse: bool = False,
     probabilities: bool = False,
     splits: int | None = None,
+    next_slot_BH: torch.Tensor | None = None,
 ) -> Decoded:
     """One token per row: writes it into its slot, attends, and finds the slot of the token after it.
 
@@ -119,21 +120,23 @@ def decode(
             wait for positions.
         lse, probabilities: whether to return them.
         splits: programs per head; None decides by the device.
+        next_slot_BH: where to put the next slots, int32 or int64, dense; not slot_BH itself, which is read meanwhile.
     """
     _check(q_BQD, k_BHCD, score, log_beta_new_BH, log_beta_BHC)
-    return Decoded(
+    got = Decoded(
         *torch.ops.trimkv.decode_slots(
             *(q_BQD, k_new_BHD, v_new_BHD, k_BHCD, v_BHCD, position_BHC, slot_BH, now_B, scaling),
             *(log_beta_new_BH, log_beta_BHC, softcap, s_aux_Q, score, sinks, recent, offset, used, any_empty),
-            *(lse, probabilities, splits),
+            *(lse, probabilities, splits, next_slot_BH),
         )
     )
+    return got if next_slot_BH is None else got._replace(next_slot=next_slot_BH)
 
 
 def decode_reference(
     q, k_new, v_new, k, v, position, slot, now, scaling, log_beta_new=None, log_beta=None, softcap=None, s_aux_Q=None,
     score="retention", sinks=0, recent=0, offset=0, used=None, any_empty=True, lse=False, probabilities=False,
-    splits=None,
+    splits=None, next_slot_out=None,
 ) -> Decoded:  # fmt: skip
     """``decode`` in plain torch and fp32: the truth, and what runs on the CPU."""
     (B, Q, D), H = q.shape, k.shape[1]
@@ -166,12 +169,12 @@ def decode_reference(
     weights = (x - norm).exp().masked_fill(idle, 0.0)
     out = (weights @ values).masked_fill(idle, 0.0).reshape(B, Q, D).to(q.dtype)
 
-    next_slot, norms, shares = _others(q, slot, k, score, lse, probabilities)
+    next_slot, norms, shares = _others(q, slot, k, score, lse, probabilities, next_slot_out)
     if score != "none":
         next_now = now[:, None, None] + writes[..., None].int()
         worth = held.float() if score == "position" else log_beta[:, :, :used] * (next_now + offset - held)
         worth = slots.protect(worth, held, sinks, next_now - recent if recent else None)
-        next_slot.copy_(slots.victim(worth, held)[..., 0])
+        (next_slot if next_slot_out is None else next_slot_out).copy_(slots.victim(worth, held)[..., 0])
     if lse:
         norms.copy_(norm.reshape(B, Q))
     if probabilities:
@@ -240,14 +243,14 @@ def _check(q, k, score, log_beta_new, log_beta) -> None:
     assert q.shape[1] % k.shape[1] == 0, (q.shape, k.shape)
 
 
-def _others(q, slot, k, score, lse, probabilities):
-    """Decoded's tensors beside the first, unwritten."""
+def _others(q, slot, k, score, lse, probabilities, next_slot_out):
+    """Decoded's tensors beside the first, unwritten; what the caller holds already is not among them."""
 
     def empty(shape, dtype):
         return torch.empty(shape, dtype=dtype, device=q.device)
 
     return (
-        empty(slot.shape if score != "none" else (0,), slot.dtype),
+        empty(slot.shape if score != "none" and next_slot_out is None else (0,), slot.dtype),
         empty(q.shape[:2] if lse else (0,), torch.float32),
         empty(k.shape[:3] if probabilities else (0,), torch.float32),
     )
@@ -267,7 +270,8 @@ def _on_kernels(x: torch.Tensor) -> bool:
 DECODE_SCHEMA = (
     "(Tensor q, Tensor k_new, Tensor v_new, Tensor(a!) k, Tensor(b!) v, Tensor(c!) position, Tensor slot, Tensor now, "
     "float scaling, Tensor? log_beta_new, Tensor(d!)? log_beta, float? softcap, Tensor? s_aux, str score, int sinks, "
-    "int recent, int offset, SymInt? used, bool any_empty, bool lse, bool probabilities, int? splits) "
+    "int recent, int offset, SymInt? used, bool any_empty, bool lse, bool probabilities, int? splits, "
+    "Tensor(e!)? next_slot) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 CHUNK_SCHEMA = (
@@ -277,7 +281,7 @@ CHUNK_SCHEMA = (
 STORE = ("k", "v", "position", "log_beta")
 
 
-@torch.library.custom_op("trimkv::decode_slots", mutates_args=STORE, schema=DECODE_SCHEMA)
+@torch.library.custom_op("trimkv::decode_slots", mutates_args=(*STORE, "next_slot"), schema=DECODE_SCHEMA)
 def _decode_op(*args):
     return tuple((_decode_triton if _on_kernels(args[0]) else decode_reference)(*args))
 
@@ -285,9 +289,9 @@ def _decode_op(*args):
 @_decode_op.register_fake
 def _decode_fake(
     q, k_new, v_new, k, v, position, slot, now, scaling, log_beta_new, log_beta, softcap, s_aux, score, sinks, recent,
-    offset, used, any_empty, lse, probabilities, splits,
+    offset, used, any_empty, lse, probabilities, splits, next_slot,
 ):  # fmt: skip
-    return q.new_empty(q.shape), *_others(q, slot, k, score, lse, probabilities)
+    return q.new_empty(q.shape), *_others(q, slot, k, score, lse, probabilities, next_slot)
 
 
 @torch.library.custom_op("trimkv::attend_chunk", mutates_args=(), schema=CHUNK_SCHEMA)
@@ -304,7 +308,7 @@ def _chunk_fake(
 
 def _decode_triton(
     q, k_new, v_new, k, v, position, slot, now, scaling, log_beta_new, log_beta, softcap, s_aux, score, sinks, recent,
-    offset, used, any_empty, lse, probabilities, splits,
+    offset, used, any_empty, lse, probabilities, splits, next_slot_out,
 ):  # fmt: skip
     _refuse(q, k, v)
     assert position.dtype == torch.int32 and (log_beta is None or log_beta.dtype == torch.float32)
@@ -322,7 +326,8 @@ def _decode_triton(
         return torch.empty(shape, dtype=torch.float32, device=q.device)
 
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    next_slot, norm, shares = _others(q, slot, k, score, lse, probabilities)
+    assert next_slot_out is None or next_slot_out.is_contiguous()
+    next_slot, norm, shares = _others(q, slot, k, score, lse, probabilities, next_slot_out)
     if probabilities and not lse:
         norm = floats(B, Q)
     logits = floats(B, Q, used) if probabilities else None
@@ -334,7 +339,8 @@ def _decode_triton(
         # The search comes last: it takes the places of those that are done.
         _decode_kernel[(B * H, splits + (score != "none"))](
             *(q, k_new, v_new, log_beta_new, k, v, position, log_beta, slot, now),
-            *(None if s_aux is None else s_aux.float(), out, norm, next_slot, logits, acc, top, total),
+            *(None if s_aux is None else s_aux.float(), out, norm),
+            *(next_slot if next_slot_out is None else next_slot_out, logits, acc, top, total),
             *(*q.stride()[:2], *k_new.stride()[:2], *v_new.stride()[:2], *_strides(k, v)),
             *(*position.stride()[:2], *(position if log_beta is None else log_beta).stride()[:2]),
             *(H, used, per, scaling, softcap or 0.0, sinks, recent, offset),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
 
+from .ahead import Ahead
 from .layers import BoundedLayer
 
 
@@ -33,6 +34,9 @@ class BoundedCache(Cache):
 
     def __init__(self, layers: list):
         super().__init__(layers=layers)
+        self.ahead: Ahead | None = None  # of a static cache whose steps the kernels do
+        if self.static and Ahead.possible(self.slot_layers):
+            self.ahead = Ahead(self.slot_layers)
         self.long_rope = False  # whether kept keys carry LongRoPE's long rotations (rope.py)
 
     def bind(self, model) -> None:
@@ -63,6 +67,18 @@ class BoundedCache(Cache):
     def all_slots(self) -> bool:
         """Whether no layer needs a mask from transformers."""
         return len(self.slot_layers) == len(self.layers)
+
+    @property
+    def static(self) -> bool:
+        """Whether all slots were allocated beforehand (``bounded_cache(..., rows=R)``): a decode step is then the same
+        launches for ever, and rows may be of any age."""
+        return any(layer.static is not None for layer in self.slot_layers)
+
+    @property
+    def seen(self) -> torch.Tensor | None:
+        """int32 [B], on the device: tokens that each row has seen, and so the position of its next one; None before the
+        first forward of a cache that is not static."""
+        return next((layer.store.seen for layer in self.slot_layers if layer.store is not None), None)
 
     @property
     def padded(self) -> bool:
@@ -134,9 +150,7 @@ class BoundedCache(Cache):
         Raises:
             IndexError: the cache has no such row.
         """
-        rows = self._rows()
-        if not 0 <= row < rows:
-            raise IndexError(f"row {row} of a cache with {rows} rows")
+        self._check_row(row)
         return RowSnapshot(tuple(_snapshot_layer(layer, row) for layer in self.layers), self.long_rope)
 
     def restore(self, snapshot: RowSnapshot, row: int = 0, rows: int | None = None) -> None:
@@ -152,12 +166,14 @@ class BoundedCache(Cache):
         """
         if len(snapshot.layers) != len(self.layers):
             raise ValueError(f"a snapshot of {len(snapshot.layers)} layers, a cache of {len(self.layers)}")
+        if self.static and rows not in (None, self._rows()):
+            raise ValueError(f"this cache is static, for {self._rows()} rows: leave out rows={rows}")
         rows = rows or self._rows() or 1
         if not 0 <= row < rows:
             raise IndexError(f"row {row} of a cache with {rows} rows")
         if rows > 1 and not self.all_slots:
             raise ValueError("restore into a batch works for models whose layers all have full attention")
-        if rows > 1 and self.get_seq_length() not in (0, snapshot.tokens_seen):
+        if rows > 1 and not self.static and self.get_seq_length() not in (0, snapshot.tokens_seen):
             raise ValueError(
                 f"rows of a batch share their sequence length: this cache has seen {self.get_seq_length()} tokens, "
                 f"the snapshot {snapshot.tokens_seen}"
@@ -168,6 +184,56 @@ class BoundedCache(Cache):
                 layer.restore(row, entry, rows)
             else:
                 self.layers[i] = _copy(entry["layer"])
+
+    def copy_row(self, source: "BoundedCache", source_row: int, row: int) -> None:
+        """Copies a row of another cache of the same policy and budget into a row of this static one, in place: what
+        ``restore(source.snapshot(source_row), row)`` does, without a second copy.
+
+        Raises:
+            ValueError: this cache is not static, or the row does not fit.
+            IndexError: there is no such row.
+        """
+        self._check_static("copy_row")
+        if len(source.layers) != len(self.layers):
+            raise ValueError(f"a cache of {len(source.layers)} layers to copy from, one of {len(self.layers)} to")
+        source._check_row(source_row)
+        self._check_row(row)
+        for mine, theirs in zip(self.layers, source.layers, strict=True):
+            mine.copy_row(theirs, source_row, row)
+
+    def begin_step(self, real_B1: torch.Tensor | None) -> None:
+        """Called by the model's hook before a forward of one token per row."""
+        if self.ahead is not None:
+            self.ahead.begin(real_B1)
+
+    def refresh(self) -> None:
+        """Makes a static cache ready for the replay of a captured decode step. Call it after ``copy_row``, ``restore``,
+        ``clear_rows``, ``reset`` or a prompt, in any number; it does nothing where nothing has changed."""
+        if self.ahead is not None:
+            self.ahead.refresh()
+
+    def clear_rows(self, rows: "int | list[int]") -> None:
+        """Forgets the tokens of some rows of a static cache, in place; the others do not notice.
+
+        Raises:
+            ValueError: this cache is not static.
+            IndexError: there is no such row.
+        """
+        self._check_static("clear_rows")
+        rows = [rows] if isinstance(rows, int) else list(rows)
+        for row in rows:
+            self._check_row(row)
+        for layer in self.layers:
+            for row in rows:
+                layer.clear_row(row)
+
+    def _check_static(self, call: str) -> None:
+        if not self.static:
+            raise ValueError(f"{call} is for static caches: make one with bounded_cache(..., rows=R)")
+
+    def _check_row(self, row: int) -> None:
+        if not 0 <= row < self._rows():
+            raise IndexError(f"row {row} of a cache with {self._rows()} rows")
 
     def _rows(self) -> int:
         stores = self.stores

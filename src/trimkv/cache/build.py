@@ -9,12 +9,17 @@ from .layers import BoundedLayer
 from .policies import POLICIES, Policy, make
 from .rotation import rotation_of
 from .shared import Share, SharedLayer
+from .static import check_static, keys_of
 
 DEFAULT_CHUNK = 512
 
 
 def bounded_cache(
-    model, policy: str | Policy = "trimkv", budget: int | Budget = 256, chunk: int | None = DEFAULT_CHUNK
+    model,
+    policy: str | Policy = "trimkv",
+    budget: int | Budget = 256,
+    chunk: int | None = DEFAULT_CHUNK,
+    rows: int | None = None,
 ) -> BoundedCache:
     """A cache that keeps at most ``budget`` tokens per KV head, for ever.
 
@@ -28,6 +33,11 @@ def bounded_cache(
         chunk: tokens of a prompt that attend together before an eviction: a prompt never holds more than
             budget + chunk tokens per head. None lets every forward attend in full and evicts after it. A budget of
             scope "global" takes no longer forwards than this: feed prompts with ``prefill``.
+        rows: makes the cache static, for this many rows: all slots are allocated now, and a decode step is the same
+            launches for ever, whatever the ages of its rows, so that it can be captured as a CUDA graph. Rows whose
+            attention_mask [R, 1] is 0 in a decode step stay as they are, bit for bit. Rows are filled by ``copy_row``
+            or ``restore`` and emptied by ``clear_rows``, in place. Without position_ids, each row goes on at its own
+            position. Policy full takes the budget for the longest sequence, and its oldest tokens go beyond that.
 
     Raises:
         ValueError: unknown policy, impossible budget, missing gates, a model that cannot be served from slots.
@@ -41,7 +51,14 @@ def bounded_cache(
             f"{budget.recent} recent tokens"
         )
     check_sharing(policy, budget)
+    if rows is not None:
+        config = model.config.get_text_config(decoder=True)
+        check_static(model, policy, budget, rows, get_layer_types_and_kwargs(config)[0])
     layers = make_layers(model, policy, budget, chunk)
+    if rows is not None:
+        modules = attention_modules(model)
+        for layer in layers:
+            layer.allocate(keys_of(model, modules[layer.layer_idx]), rows)
     install(model)
     return BoundedCache(layers)
 

@@ -74,13 +74,26 @@ def _before_decoder(model, decoder, args, kwargs):
     tokens = kwargs.get("inputs_embeds")
     if tokens is None:
         tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0]
+    if cache.static and tokens.shape[0] != len(cache.seen):
+        raise ValueError(f"this cache is static, for {len(cache.seen)} rows, and got {tokens.shape[0]}")
     mask = kwargs.get("attention_mask")
     cache.stage_padding(_real_tokens(mask, tokens.shape[1], cache))
     follow_long_rope(decoder, cache, kwargs.get("position_ids"), tokens.shape[1])
+    if cache.static and kwargs.get("position_ids") is None:
+        kwargs = {**kwargs, "position_ids": _own_positions(cache.seen, cache.slot_layers[0].real, tokens.shape[1])}
+    if cache.static and tokens.shape[1] == 1:
+        cache.begin_step(cache.slot_layers[0].real)
     if isinstance(mask, torch.Tensor) and cache.all_slots:
         # No layer will read a mask made from it, and making one costs a host sync per step on a GPU.
         return args, {**kwargs, "attention_mask": None}
-    return None
+    return (args, kwargs) if cache.static else None
+
+
+def _own_positions(seen_B: torch.Tensor, real_BT: torch.Tensor | None, num_new: int) -> torch.Tensor:
+    """int64 [B, T]: where each row goes on, whatever its age; padding is somewhere."""
+    if real_BT is None:
+        return seen_B[:, None].long() + torch.arange(num_new, device=seen_B.device)
+    return (seen_B[:, None] + real_BT.to(seen_B.device).cumsum(-1) - 1).clamp_min(0)
 
 
 def _real_tokens(mask, num_new: int, cache: BoundedCache) -> torch.Tensor | None:
@@ -90,6 +103,8 @@ def _real_tokens(mask, num_new: int, cache: BoundedCache) -> torch.Tensor | None
     if isinstance(mask, dict) or mask.ndim != 2:
         raise ValueError("a bounded cache takes a 2D attention_mask (1 = token, 0 = padding), not a prepared 4D mask")
     real = mask[:, -num_new:].bool()
+    if cache.static and num_new == 1:
+        return real  # followed on the device, whatever it holds
     fresh = cache.get_seq_length() == 0
     if num_new > 1 or fresh or mask.device.type == "cpu":
         return None if bool(real.all()) else real

@@ -6,10 +6,12 @@ from transformers.cache_utils import CacheLayerMixin
 from ..attention import slots as attention
 from ..attention.slots import NO_TOKEN
 from ..budget import Budget
+from . import fused
 from .policies import Policy
 from .rotation import Rotation
 from .seen import Seen
 from .slots import LayerFacts, NewTokens, Slots, SlotStore
+from .static import Keys
 
 
 class BoundedLayer(CacheLayerMixin):
@@ -18,6 +20,10 @@ class BoundedLayer(CacheLayerMixin):
     ``update`` only receives the new keys and values; the work is done in ``attend``, which the registered attention
     function calls with the queries: write, evict, attend. Whatever the length of a forward, it is worked off in chunks:
     no query ever attends to more than M slots and its chunk, and a single token never to more than M (+ buffer).
+
+    After ``allocate`` the layer is static: its slots are there before the first token, and a decode step has shapes and
+    launches that depend neither on host numbers nor on what tensors hold, so that it can be captured as a CUDA graph,
+    with rows of any age. Peaks are then upper bounds.
 
     Args:
         policy: decides what is worth least.
@@ -41,6 +47,8 @@ class BoundedLayer(CacheLayerMixin):
         self.facts = LayerFacts(layer_idx, budget.tokens, self.sinks, rotation)
         self.recent = budget.recent or min(int(policy.recent_share * budget.tokens), budget.tokens - self.sinks - 1)
         self.store: SlotStore | None = None
+        self.static: Keys | None = None  # what was allocated beforehand
+        self.ahead, self.place = None, 0  # what a static cache's layers have in common (ahead.py), and which of them
         self.peak_prefill_tokens = self.peak_decode_tokens = self.transient_bytes = 0
         self._forget()
 
@@ -52,10 +60,23 @@ class BoundedLayer(CacheLayerMixin):
         self.real: torch.Tensor | None = None  # [B, T] False where a token to come is padding; None = no padding
         self.waiting = 0  # tokens given to update() that no attention has seen yet
         self.more = False  # whether the prompt goes on after the forward to come
+        self._touched()
+
+    def _touched(self) -> None:
+        """Something but a decode step has changed what is held: where the next token goes must be found anew."""
+        self.next_slot: torch.Tensor | None = None  # [B, H], found by the kernel in the step before
+        if self.ahead is not None:
+            self.ahead.stale = True
 
     @property
     def layer_idx(self) -> int:
         return self.facts.idx
+
+    def allocate(self, keys: Keys, rows: int) -> None:
+        """Makes the layer static: slots for so many rows, all at once."""
+        self.static = keys
+        self.lazy_initialization(*keys.empty(rows))
+        self.store.add_rows(self.policy.row_state(keys.queries, keys.heads, keys.key_dim))
 
     # What the hooks leave for the forward that is about to run.
 
@@ -81,12 +102,15 @@ class BoundedLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        capacity = self.budget.slots if self.policy.bounded and not self.policy.grows else None
+        fixed = self.static is not None or self.policy.bounded and not self.policy.grows
+        capacity = self.budget.slots if fixed else None
         self.store = SlotStore(capacity, key_states, value_states, self.policy.state, self.facts)
         self.is_initialized = True
 
     def update(self, key_states, value_states, *args, **kwargs):
         """Receives the new keys and values, [B, H, T, D], and hands them on to the attention function unchanged."""
+        if self.static is not None:
+            self._check_static(key_states, value_states)
         if self.store is not None and self.store.seen.shape[0] != key_states.shape[0]:
             if self.columns:
                 raise ValueError(
@@ -104,6 +128,16 @@ class BoundedLayer(CacheLayerMixin):
         self.waiting = key_states.shape[2]
         self.columns += self.waiting
         return key_states, value_states
+
+    def _check_static(self, k, v) -> None:
+        rows = self.store.seen.shape[0]
+        if k.shape[0] != rows:
+            raise ValueError(f"this cache is static, for {rows} rows, and got {k.shape[0]}")
+        if not self.static.fits(k, v):
+            raise ValueError(
+                f"layer {self.layer_idx} gives keys {list(k.shape)} and values {list(v.shape)} of {k.dtype} on "
+                f"{k.device}, where {self.static} was expected; leave out rows for this model"
+            )
 
     def get_seq_length(self) -> int:
         """Tokens seen. Positions and rotations are counted from it, so it is never the number stored."""
@@ -126,18 +160,29 @@ class BoundedLayer(CacheLayerMixin):
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        self._touched()
         if self.store is not None:
+            self._refuse_if_static("repeated")
             rows = torch.arange(self.store.seen.shape[0], device=self.store.seen.device)
             self.store.select_rows(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._touched()
         if self.store is not None:
             if indices.dtype == torch.bool:
                 indices = indices.nonzero().flatten()
+            if len(indices) != self.store.seen.shape[0]:
+                self._refuse_if_static("taken out")
             self.store.select_rows(indices)
+
+    def _refuse_if_static(self, what: str) -> None:
+        if self.static is not None:
+            raise ValueError(f"rows of a static cache cannot be {what}: they were allocated once; leave out rows")
 
     def offload(self) -> None:
         if self.store is not None:
+            self._refuse_if_static("moved to another device")
+            self._touched()
             self.store.move("cpu")
 
     def prefetch(self) -> None:
@@ -162,6 +207,8 @@ class BoundedLayer(CacheLayerMixin):
         log_beta = self._take_log_beta(module, k, v) if "log_beta" in self.policy.needs else None
         self._note(q, k, scaling, softcap, s_aux)
         real, self.real, self.waiting = self.real, None, 0
+        if self.ahead is not None and k.shape[2] == 1:
+            return self._decode_ahead(q, k, v, log_beta)
         if real is not None:
             real = real.to(k.device)
         T, step = k.shape[2], self.chunk or k.shape[2]
@@ -210,32 +257,125 @@ class BoundedLayer(CacheLayerMixin):
     def _decode(self, new: NewTokens, real) -> torch.Tensor:
         """One token: it takes a free slot or the victim's, then attends to all slots of its head."""
         store, buffer = self.store, self.budget.buffer
-        if store.growing or store.used < store.capacity:
-            store.append(new)
+        if self.static is not None:
+            self._touched()
+            self._open()
+        free = store.growing or store.used < store.capacity
+        slot = None if free else self.find_slot()
+        moved = self.policy.moves_keys or self.policy.selects
+        kernels = None if moved else fused.kernels(new.q, new.k, new.v)
+        if kernels is not None:
+            out = self._decode_fused(kernels, new, real, slot)
         else:
-            held = store.view()
-            if buffer:  # the last trim left free slots
-                slot = held.position.argmin(-1, keepdim=True)
+            if free:
+                store.append(new)
             else:
-                slot = attention.victim(self._score(held, arriving=1), held.position)
-            store.overwrite(slot, new, None if real is None else real[:, 0])
-        store.advance(1, real)
-        held = store.view()
-        self.count = min(self.count + 1, store.used)
-        attended = min(self.count, self.policy.attended(self.budget.tokens)) if self.policy.selects else self.count
-        self.peak_decode_tokens = max(self.peak_decode_tokens, attended)
-        mask = None
-        if self.policy.selects:
-            mask = self.policy.visible(held, new)[:, :, None, :]
-        elif self._any_empty and "attention" not in self.policy.needs:
-            mask = held.valid[:, :, None, :]
-        if mask is not None and real is not None:
-            mask = mask | ~real[:, None, None, :]
-        out = self._attend(held, new, real, mask)
+                store.overwrite(slot, new, None if real is None else real[:, 0])
+            store.advance(1, real)
+            self._count_one()
+            held, mask = store.view(), None
+            if self.policy.selects:
+                mask = self.policy.visible(held, new)[:, :, None, :]
+            elif self._any_empty and "attention" not in self.policy.needs:
+                mask = held.valid[:, :, None, :]
+            if mask is not None and real is not None:
+                mask = mask | ~real[:, None, None, :]
+            out = self._attend(held, new, real, mask)
         full = buffer and not store.growing and store.used == store.capacity
         if full and (self.padded or self.count == store.capacity):
-            self._trim(held)
+            self._trim(store.view())
         return out
+
+    def _count_one(self) -> None:
+        self.count = min(self.count + 1, self.store.used)
+        attended = min(self.count, self.policy.attended(self.budget.tokens)) if self.policy.selects else self.count
+        self.peak_decode_tokens = max(self.peak_decode_tokens, attended)
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether a decode step can find the slot of the step after it."""
+        return bool(self.policy.search) and not self.budget.buffer
+
+    def find_slot(self) -> torch.Tensor:
+        """int [B, H, 1]: where the next token goes when all slots are in view: an empty one, else the victim's."""
+        if self.next_slot is not None:
+            return self.next_slot[..., None]
+        if self.static is not None:
+            self._open()
+        held = self.store.view()
+        if self.budget.buffer:  # the last trim left free slots
+            return held.position.argmin(-1, keepdim=True)
+        return attention.victim(self._score(held, arriving=1), held.position)
+
+    def _decode_fused(self, kernels, new: NewTokens, real, slot) -> torch.Tensor:
+        """A decode step by the kernel. ``slot`` [B, H, 1] as for the plain one; None takes the next free slot."""
+        store, facts, policy = self.store, self.facts, self.policy
+        if slot is None:
+            store.reserve(1)
+            slot = torch.full(new.k.shape[:2], store.used, dtype=torch.int32, device=new.k.device)
+            store.used += 1
+        else:
+            slot = slot[..., 0]
+        if real is not None:
+            slot = slot.masked_fill(~real, -1)
+        ahead = self.looks_ahead and self.static is None and not store.growing and store.used == store.capacity
+        watched = "attention" in policy.needs
+        any_empty = self.padded or self.count + 1 < store.used
+        got = self._run_kernel(
+            kernels,
+            *(new.q, new.k, new.v, new.state.get("log_beta"), slot, store.seen),
+            score=policy.search if ahead else "none",
+            used=store.used,
+            any_empty=any_empty,
+            probabilities=watched,
+        )
+        self.next_slot = got.next_slot if ahead else None
+        if policy.search != "retention":
+            store.overwrite_state(slot, new)
+        store.advance(1, real)
+        self._count_one()
+        if policy.observes:
+            held = store.view()
+            shares = got.probabilities[:, :, : store.used] if watched else None
+            seen = Seen(new.q, new.position[:, 0], real, held.k, held.position, facts, shares=shares)
+            policy.observe(held, seen)
+        return got.out[:, :, None]
+
+    def _decode_ahead(self, q, k, v, log_beta) -> torch.Tensor:
+        """A decode step of a static cache that knows where its tokens go: the kernel is all there is to do."""
+        ahead, i = self.ahead, self.place
+        kernels = fused.kernels(q, k, v)
+        self._open()
+        self.peak_decode_tokens = max(self.peak_decode_tokens, self.count)
+        got = self._run_kernel(
+            kernels,
+            *(q, k, v, log_beta, ahead.slot[i], ahead.now),
+            score=self.policy.search,
+            next_slot_BH=ahead.next_slot[i],
+        )
+        return got.out[:, :, None]
+
+    def _run_kernel(self, kernels, q, k, v, log_beta, slot, now, **options):
+        """``slots_triton.decode`` with what this layer knows."""
+        store, facts = self.store, self.facts
+        retention = self.policy.search == "retention"
+        return kernels.decode(
+            *(q[:, :, 0], k[:, :, 0], v[:, :, 0], store.k, store.v, store.position, slot, now, facts.scaling),
+            log_beta_new_BH=log_beta[:, :, 0].float() if retention else None,
+            log_beta_BHC=store.state["log_beta"] if retention else None,
+            softcap=facts.softcap,
+            s_aux_Q=facts.s_aux,
+            sinks=self.sinks,
+            recent=max(self.recent - 1, 0),  # the arriving token is one of them
+            offset=self.policy.offset,
+            **options,
+        )
+
+    def _open(self) -> None:
+        """From here on all slots are in view, and any of them may be empty: rows are of any age."""
+        if self.store.used < self.store.capacity:
+            self.store.open()
+        self.padded, self.count = True, self.store.capacity
 
     def _trim(self, held: Slots) -> None:
         """Heads that hold M + W tokens go back to M by emptying W slots. Rows may differ; the host reads nothing."""
@@ -248,6 +388,7 @@ class BoundedLayer(CacheLayerMixin):
 
     def _prefill(self, new: NewTokens, real) -> torch.Tensor:
         """A chunk: its tokens attend to the kept slots and to each other, then the best M of all are kept."""
+        self._touched()
         store, n, T = self.store, self.store.used, new.k.shape[2]
         together = store.view().with_new(new) if n else new
         self.peak_prefill_tokens = max(self.peak_prefill_tokens, self.count + T)
@@ -290,7 +431,7 @@ class BoundedLayer(CacheLayerMixin):
         store, M, T = self.store, self.budget.tokens, new.k.shape[2]
         limit = max(self.budget.slots - 1, M)  # the most that may stay until the next forward
         total = together.k.shape[2]
-        if not self.policy.bounded or total <= limit:
+        if total <= limit or not (self.policy.bounded or self.static):
             if self.policy.observes:  # the copy's state has learned what the store's has not
                 for name, t in store.view().state.items():
                     t.copy_(together.state[name][:, :, :-T])
@@ -332,19 +473,37 @@ class BoundedLayer(CacheLayerMixin):
         return {"store": held, "columns": self.columns, "padded": self.padded, "count": self.count}
 
     def restore(self, row: int, snapshot: dict, rows: int) -> None:
-        """Puts a row back; an unused layer first makes room for ``rows`` rows."""
+        """Puts a row back, in place; an unused layer that is not static first makes room for ``rows`` rows."""
+        self._touched()
         held = snapshot["store"]
         if held is None:
             self.reset()
             return
         if self.store is None or self.store.seen.shape[0] != rows:
-            like = held["k"][None, :, :0].expand(rows, -1, -1, -1), held["v"][None, :, :0].expand(rows, -1, -1, -1)
-            self.lazy_initialization(*like)
+            k, v = held["slots"]["k"][None, :, :0], held["slots"]["v"][None, :, :0]
+            self.lazy_initialization(k.expand(rows, -1, -1, -1), v.expand(rows, -1, -1, -1))
+        if self.static is not None:
+            self._open()
         self.store.add_rows(held["row_states"])
-        alone = rows == 1
+        alone = rows == 1 and self.static is None
         self.store.restore(row, held)
         if alone:
-            self.store.used = held["position"].shape[1]
+            self.store.used = held["slots"]["position"].shape[1]
         self.padded = snapshot["padded"] if alone else True
-        self.columns = snapshot["columns"]
+        self.columns = max(self.columns, snapshot["columns"]) if self.static is not None else snapshot["columns"]
         self.count = snapshot["count"] if alone else max(self.count, snapshot["count"])
+
+    def copy_row(self, source: "BoundedLayer", source_row: int, row: int) -> None:
+        """``restore`` from another layer of the same kind, without a copy in between."""
+        if source.store is None:
+            self.clear_row(row)
+            return
+        held = {"store": source.store.row(source_row)}
+        numbers = {"columns": source.columns, "padded": source.padded, "count": source.count}
+        self.restore(row, {**held, **numbers}, self.store.seen.shape[0])
+
+    def clear_row(self, row: int) -> None:
+        """Forgets one row of a static layer; the others do not notice."""
+        self._touched()
+        self._open()
+        self.store.clear_row(row)

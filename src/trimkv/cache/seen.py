@@ -20,6 +20,8 @@ class Seen:
         layer: scaling, softcap and s_aux of the attention.
         lse: fp32 [B, Q, T], log-sum-exp of each query's logits; only for policies that need "attention".
         weights: the probabilities [B, H, G, T, S] where they exist anyway.
+        shares: of a single query (T = 1), their sums over the group [B, H, S], where a kernel has made those instead;
+            zeros for padding.
     """
 
     q: torch.Tensor
@@ -30,6 +32,7 @@ class Seen:
     layer: LayerFacts
     lse: torch.Tensor | None = None
     weights: torch.Tensor | None = None
+    shares: torch.Tensor | None = None
 
     def probabilities(self, start: int = 0, end: int | None = None) -> torch.Tensor:
         """fp32 [B, H, G, end - start, S]: what queries start..end-1 gave to each slot; zero for padding queries.
@@ -44,6 +47,8 @@ class Seen:
 
     def column_sums(self) -> torch.Tensor:
         """fp32 [B, H, S]: what each slot received from all real queries and all query heads of its group."""
+        if self.shares is not None:
+            return self.shares
         T, step = self.q.shape[2], attention.QUERIES
         total = self.probabilities(0, step).sum((2, 3))
         for start in range(step, T, step):
@@ -58,6 +63,12 @@ class Seen:
         index = T[:, None].expand(-1, self.q.shape[1], -1)
         q = self.q.gather(2, index[..., None].expand(*index.shape, self.q.shape[-1]))
         return self._again(q, self.lse.gather(2, index), self.position.gather(1, T))[:, :, :, 0]
+
+    def last_mean(self) -> torch.Tensor:
+        """fp32 [B, S]: the mean over all query heads of what each row's last real query gave to each slot."""
+        if self.shares is not None:
+            return self.shares.sum(1) / self.q.shape[1]
+        return self.last().mean((1, 2))
 
     def where_real(self, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
         """``new`` in rows that had a real query, ``old`` in rows that had only padding; both [B, ...]."""

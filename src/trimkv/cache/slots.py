@@ -196,6 +196,13 @@ class SlotStore:
         for name, t in state.items():
             self.state[name].scatter_(2, slot_BH1, t)
 
+    def overwrite_state(self, slot_BH: torch.Tensor, new: Slots) -> None:
+        """What ``overwrite`` does for the state that policies keep per token; slot -1 writes nothing."""
+        index, writes = slot_BH.clamp_min(0).long()[..., None], (slot_BH >= 0)[..., None]
+        for name, t in new.state.items():
+            held = self.state[name]
+            held.scatter_(2, index, torch.where(writes, t, held.gather(2, index)))
+
     def replace(self, source: Slots, index_BHN: torch.Tensor, position_BHN: torch.Tensor) -> None:
         """Fills the first N slots with the tokens of ``source`` at ``index_BHN``; the rest become empty."""
 
@@ -225,9 +232,27 @@ class SlotStore:
             t.zero_()
         self.used = 0
 
+    def open(self) -> None:
+        """Brings every slot into view: those never written are empty ones, and hold zeros, not what was there before
+        (a masked NaN is still NaN in a product)."""
+        for name, t in self._per_slot().items():
+            t[:, :, self.used :].fill_(NO_TOKEN if name == "position" else 0)
+        self.used = self.capacity
+
+    def clear_row(self, row: int) -> None:
+        """Forgets one row's tokens, and what they were."""
+        for name, t in self._per_slot().items():
+            t[row].fill_(NO_TOKEN if name == "position" else 0)
+        for t in (self.seen, *self.rows.values()):
+            t[row].zero_()
+
     def select_rows(self, index: torch.Tensor) -> None:
         """Rows become ``rows[index]``, in all tensors: beam reorder, batch selection and repetition."""
         index = index.to(self.seen.device)
+        if index.shape[0] == self.seen.shape[0]:  # in place: whoever holds the tensors goes on holding them
+            for t in (*self._per_slot().values(), *self.rows.values(), self.seen):
+                t.copy_(t.index_select(0, index))
+            return
         for name, t in self._per_slot().items():
             self._set(name, t.index_select(0, index))
         for name, t in self.rows.items():
@@ -236,21 +261,32 @@ class SlotStore:
 
     def snapshot(self, row: int) -> dict:
         """A copy of one row: name -> [H, used, ...], its ``seen`` and what its policy keeps per sequence."""
-        copy = {name: t[row, :, : self.used].clone() for name, t in self._per_slot().items()}
-        rows = {name: t[row].clone() for name, t in self.rows.items()}
-        return {**copy, "seen": self.seen[row].clone(), "rows": rows, "row_states": dict(self.row_states)}
+        row = self.row(row)
+        slots = {name: t.clone() for name, t in row["slots"].items()}
+        rows = {name: t.clone() for name, t in row["rows"].items()}
+        return {**row, "slots": slots, "rows": rows, "seen": row["seen"].clone()}
+
+    def row(self, row: int) -> dict:
+        """``snapshot`` without a copy: views, for the time until the store changes."""
+        slots = {name: t[row, :, : self.used] for name, t in self._per_slot().items()}
+        rows = {name: t[row] for name, t in self.rows.items()}
+        return {"slots": slots, "seen": self.seen[row], "rows": rows, "row_states": dict(self.row_states)}
 
     def restore(self, row: int, snapshot: dict) -> None:
-        """Puts a copied row back, into this store or into another of the same capacity."""
-        n = snapshot["position"].shape[1]
+        """Puts a copied row (or another store's ``row``) into this store, in place.
+
+        Raises:
+            ValueError: more slots than there are here.
+        """
+        n = snapshot["slots"]["position"].shape[1]
         if n > self.capacity:
             if not self.growing:
-                raise ValueError(f"a snapshot of {n} slots does not fit a store of {self.capacity}")
+                raise ValueError(f"a row of {n} slots does not fit a store of {self.capacity}")
             self._grow(n)
-        self.position[row].fill_(NO_TOKEN)
         for name, t in self._per_slot().items():
-            t[row, :, :n] = snapshot[name]
-        self.seen[row] = snapshot["seen"]
+            t[row, :, :n].copy_(snapshot["slots"][name])
+            t[row, :, n:].fill_(NO_TOKEN if name == "position" else 0)
+        self.seen[row].copy_(snapshot["seen"])
         for name, t in snapshot["rows"].items():
             mine = self.rows[name][row]
             if self.row_states[name].every:

@@ -38,7 +38,12 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str | None:
-    """Of the checkout that the package runs from, with "+changes" if its sources have some."""
+    """Of the checkout that the package runs from, with "+changes" if its sources have some.
+
+    TRIMKV_COMMIT names it where the sources were copied to a machine without their history.
+    """
+    if os.environ.get("TRIMKV_COMMIT"):
+        return os.environ["TRIMKV_COMMIT"]
     source = Path(__file__).parent.parent
     if not (source.parent.parent / ".git").exists():  # installed: a repository around it is somebody else's
         return None

@@ -4,6 +4,7 @@ Shapes: B rows, T tokens, H KV heads, G query heads a group, N blocks of a row. 
 (``start``: where a token's document begins) and perhaps padding; nothing is learnt across documents.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +58,27 @@ def parts(chosen_BT: torch.Tensor) -> list[slice]:
     return [slice(i * size, min((i + 1) * size, T)) for i, any_there in enumerate(found) if any_there]
 
 
+def largest_logits(q, k, asks_BtT, scaling, softcap=None) -> torch.Tensor:
+    """fp32 [B, H, T]: the largest logit of each key with the queries of its group that ask; -inf where none does."""
+    x = logits(q, k, scaling, softcap)
+    return x.masked_fill_(~asks_BtT[:, None, None], float("-inf")).amax((2, 3))
+
+
+def largest_shares(q, k, sees_BtT, scaling, softcap=None, s_aux=None) -> torch.Tensor:
+    """fp32 [B, H, t, T]: the largest probability that a query head of the group gives to each key."""
+    x = logits(q, k, scaling, softcap).masked_fill_(~sees_BtT[:, None, None], float("-inf"))
+    lse = x.logsumexp(-1, keepdim=True)
+    if s_aux is not None:
+        lse = torch.logaddexp(lse, s_aux.float().view(1, x.shape[1], -1, 1, 1))
+    return x.sub_(lse).exp_().amax(2)
+
+
+@functools.cache
+def compiled(function):
+    """The function as one or two kernels instead of ten, for blocks of one size."""
+    return torch.compile(function, dynamic=False)
+
+
 @dataclass
 class LocretTask:
     """LocRet's regression (arXiv 2410.01805, section 3; locret/train): what a key's largest logit with the queries of
@@ -69,11 +91,13 @@ class LocretTask:
     Args:
         share: of a document whose queries ask.
         smoothness: weight of the squared difference between neighbours, summed over layers.
+        compile: whether to compile what reads the logits.
     """
 
     documents: Documents
     share: float = 0.25
     smoothness: float = 0.0025
+    compile: bool = False
 
     def __post_init__(self):
         self.answer = self.documents.late(self.share)
@@ -84,10 +108,10 @@ class LocretTask:
     def target(self, q, k, scaling, softcap=None) -> torch.Tensor:
         """fp32 [B, H, T]; -inf where nothing asks."""
         target = torch.full(k.shape[:3], float("-inf"), device=k.device)
+        largest = compiled(largest_logits) if self.compile else largest_logits
         for part in self.parts:
             asks = self.answer[:, part, None] & self.documents.sees(part) & self.prompt[:, None]
-            x = logits(q[:, :, part], k, scaling, softcap)
-            target = torch.maximum(target, x.masked_fill_(~asks[:, None, None], float("-inf")).amax((2, 3)))
+            target = torch.maximum(target, largest(q[:, :, part], k, asks, scaling, softcap))
         return target
 
     def losses(self, scores: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -116,12 +140,14 @@ class SeerTask:
     Args:
         block_size: tokens per block; a document's first block begins with it.
         share: of a document whose queries count.
+        compile: whether to compile what reads the logits.
     """
 
     documents: Documents
     block_size: int
     share: float = 0.5
     weight: float = 10.0
+    compile: bool = False
 
     def __post_init__(self):
         documents = self.documents
@@ -154,13 +180,8 @@ class SeerTask:
     @torch.no_grad()
     def target(self, part: slice, q, k, scaling, softcap=None, s_aux=None) -> torch.Tensor:
         """fp32 [B, H, t, N], each row sums to one."""
-        x = logits(q[:, :, part], k, scaling, softcap).masked_fill_(
-            ~self.documents.sees(part)[:, None, None], float("-inf")
-        )
-        lse = x.logsumexp(-1, keepdim=True)
-        if s_aux is not None:
-            lse = torch.logaddexp(lse, s_aux.float().view(1, x.shape[1], -1, 1, 1))
-        x = x.sub_(lse).exp_().amax(2)
+        largest = compiled(largest_shares) if self.compile else largest_shares
+        x = largest(q[:, :, part], k, self.documents.sees(part), scaling, softcap, s_aux)
         best = x.new_zeros(*x.shape[:3], self.index.shape[1])
         best.scatter_reduce_(3, self.block[:, None, None].expand_as(x), x, "amax")
         return best / best.sum(-1, keepdim=True).clamp_min(1e-9)

@@ -37,6 +37,8 @@ class Policy:
         moves_keys: whether queries see keys elsewhere than at their true positions (``keys``).
         head: name of the trained part that it needs on every attention module, beside or in place of gates.
         selects: True keeps every token, and each decode step attends to a choice of them (``visible``).
+        search, offset: by which score the decode kernel can find the next victim while it attends ("retention",
+            "position": see ``attention.slots_triton.decode``); "" where it cannot.
         comparable: whether scores of different heads and layers may be compared, so that heads can share a budget. The
             score is then made of position and state alone, and the policy does not observe: ``score`` gets ``slots``
             without keys and values, of whatever heads.
@@ -58,6 +60,8 @@ class Policy:
     head = ""
     selects = False
     comparable = False
+    search = ""
+    offset = 0
 
     formula = ""
     evicts = "before each decoded token attends; after each chunk of a prompt"

@@ -8,6 +8,7 @@ class Full(Policy):
     source = "the stock cache"
     bounded = False
     formula = "none"
+    search = "position"  # of use in a static cache only, where a sequence may be longer than the slots
     evicts = "never"
     peak_decode = peak_prefill = "all tokens"
 

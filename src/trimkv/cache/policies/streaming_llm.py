@@ -17,6 +17,7 @@ class StreamingLLM(Policy):
     name = "streaming_llm"
     source = "arXiv 2309.17453, section 3.2; mit-han-lab/streaming-llm@2e50426"
     formula = "position"
+    search = "position"
     deviations = "Keys keep the rotation of their true position (streaming_llm_cache does as the official code)."
 
     def __init__(self, sinks: int = 4, positions: str = "absolute"):
@@ -26,7 +27,7 @@ class StreamingLLM(Policy):
             )
         self.sinks, self.positions = sinks, positions
         if positions == "cache":
-            self.moves_keys, self.needs = True, frozenset({"rotation"})
+            self.moves_keys, self.needs, self.search = True, frozenset({"rotation"}), ""
             self.name, self.deviations = StreamingLLMCache.name, StreamingLLMCache.deviations
 
     def score(self, slots, now_B11):
@@ -51,6 +52,7 @@ class StreamingLLMCache(StreamingLLM):
     name = "streaming_llm_cache"
     needs = frozenset({"rotation"})
     moves_keys = True
+    search = ""
     deviations = "Cached keys stay rotated and the sinks are turned forward, exact where the code re-rotates all keys."
 
     def __init__(self, sinks: int = 4):

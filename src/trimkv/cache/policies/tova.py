@@ -21,7 +21,7 @@ class Tova(Policy):
 
     def observe(self, slots, seen):
         weight = slots.state["weight"]
-        weight.copy_(seen.where_real(seen.last().mean((1, 2))[:, None].expand_as(weight), weight))
+        weight.copy_(seen.where_real(seen.last_mean()[:, None].expand_as(weight), weight))
 
     def score(self, slots, now_B11):
         return slots.state["weight"].masked_fill(slots.position == now_B11 - 1, float("inf"))

@@ -19,6 +19,7 @@ class TrimKV(Policy):
     needs = frozenset({"log_beta"})
     trained = True
     comparable = True
+    search = "retention"
     source = "arXiv 2512.03324, section 4; ngocbh/trimkv@0456bc4"
     state = {"log_beta": torch.float32}
     formula = "age * log beta"
@@ -34,7 +35,7 @@ class TrimKV(Policy):
             raise ValueError(f"policy trimkv: distance must be one of {', '.join(DISTANCES)}, got {distance!r}")
         self.strategy, self.offset = strategy, DISTANCES.index(distance)
         if strategy == "knorm_alpha":
-            self.needs = frozenset({"log_beta", "keys"})
+            self.needs, self.search = frozenset({"log_beta", "keys"}), ""
             self.state = {**self.state, "log_norm": torch.float32}
 
     def new_state(self, new):

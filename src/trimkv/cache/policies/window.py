@@ -15,7 +15,8 @@ def window_state(size: int, Q: int, D: int) -> dict[str, RowState]:
 def push(slots: Slots, seen: Seen) -> None:
     """Moves a forward's real queries into the window; padding leaves no trace."""
     queries, order = slots.rows["queries"], slots.rows["order"]
-    both = torch.cat([order, seen.position + 1], 1)
+    new = torch.where(seen.position >= 0, seen.position + 1, -1)  # padding ranks below an empty place
+    both = torch.cat([order, new], 1)
     newest = both.topk(order.shape[1], dim=1).indices.flip(1)
     index = newest[:, None, :, None].expand_as(queries)
     queries.copy_(torch.cat([queries, seen.q.to(queries.dtype)], 2).gather(2, index))

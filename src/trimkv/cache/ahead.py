@@ -1,0 +1,64 @@
+"""What is known before a decode step of a static cache begins, for all its layers at once.
+
+A step is hundreds of small launches, and each costs as much as a good part of a layer's attention. So what every layer
+needs alike is made once a step: where the new tokens stand, and the slots they go to, which the step before has found.
+"""
+
+import torch
+
+from . import fused
+from .layers import BoundedLayer
+
+
+class Ahead:
+    """The common tensors of the L layers of a static cache, whose addresses never change.
+
+    Attributes:
+        seen: int32 [L, B]; each store's ``seen`` is a row of it.
+        next_slot: int32 [L, B, H], where the next token goes: written by the kernels, and found anew where anything
+            else has touched a store.
+        slot, now: of the step that is running: [L, B, H], -1 in rows that are not active; [B].
+        stale: whether ``next_slot`` must be found anew. A host flag: what changes a store outside of a step is called
+            by the host.
+    """
+
+    def __init__(self, layers: list[BoundedLayer]):
+        L, B, H = len(layers), len(layers[0].store.seen), layers[0].static.heads
+        device = layers[0].static.device
+        self.layers = layers
+        self.seen = torch.zeros(L, B, dtype=torch.int32, device=device)
+        self.next_slot = torch.zeros(L, B, H, dtype=torch.int32, device=device)
+        self.slot = self.now = None
+        self.stale = True
+        for i, layer in enumerate(layers):
+            layer.store.seen = self.seen[i]
+            layer.ahead, layer.place = self, i
+
+    @staticmethod
+    def possible(layers: list[BoundedLayer]) -> bool:
+        """Whether the kernels can look ahead for these layers: alike, on one device, by a score known beforehand."""
+        first = layers[0]
+        same = all(layer.static == first.static for layer in layers)
+        q = k = first.static.empty(1)[0]
+        return same and first.looks_ahead and fused.kernels(q, k, first.static.empty(1)[1]) is not None
+
+    def begin(self, real_B1: torch.Tensor | None) -> None:
+        """Starts a step: rows that are not real write nothing and see nothing."""
+        self.refresh()
+        self.now = self.seen[0].clone()
+        if real_B1 is None:
+            self.slot = self.next_slot.clone()
+            self.seen += 1
+        else:
+            self.slot = self.next_slot.masked_fill(~real_B1, -1)
+            self.seen += real_B1[:, 0]
+
+    def refresh(self) -> None:
+        """Finds the next slots by plain torch if anything but a step has touched the stores."""
+        if not self.stale:
+            return
+        if self.seen.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("call cache.refresh() before capturing a graph: rows have changed since the last step")
+        for layer, next_slot in zip(self.layers, self.next_slot, strict=True):
+            next_slot.copy_(layer.find_slot()[..., 0])
+        self.stale = False
