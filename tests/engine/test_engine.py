@@ -9,10 +9,11 @@ import tiny
 import trimkv
 from alone import BUDGET, CHUNK, alone, long, prompt
 from trimkv import Engine, SamplingParams
+from trimkv.cache import fused
 from trimkv.cache.policies import POLICIES, make
 
 LENGTHS = ((5, 30), (40, 12), (17, 25), (90, 8), (3, 40), (61, 20), (8, 1), (16, 33))  # prompt, output
-FIXED = [n for n, cls in POLICIES.items() if cls.bounded and not cls.grows and not cls.selects]
+FIXED = [name for name, cls in POLICIES.items() if not cls.grows and not cls.selects]
 # Their scores of a token that recurs differ by nothing but rounding, and a batch rounds otherwise than a single row.
 ROUNDED = {"knorm", "locret"}
 
@@ -47,7 +48,7 @@ def test_a_request_gets_what_it_gets_alone(model, policy, buffer):
     """Mixed lengths, more requests than rows, arrivals during the run."""
     if policy in ROUNDED:
         policy = coarse(policy)
-    budget = trimkv.Budget(BUDGET, buffer=buffer)
+    budget = trimkv.Budget(128 if policy == "full" else BUDGET, buffer=buffer)
     expected = [alone(model, policy, prompt(p), n, budget) for p, n in LENGTHS]
     assert len({tuple(tokens[:1]) for tokens in expected}) > 2, "a model that always says the same proves nothing"
     with Engine(model, policy, budget, rows=3, chunk=CHUNK) as engine:
@@ -73,12 +74,33 @@ def test_results_that_come_a_step_late_and_rows_that_rest_change_nothing(model, 
     assert [request.tokens for request in found] == expected
 
 
+@pytest.mark.parametrize("policy", ["trimkv", "streaming_llm", "h2o"])
+def test_rows_that_rest_on_the_fused_kernels_change_nothing(model, policy, monkeypatch):
+    """Here the kernels' plain reference runs. They look a step ahead: the first rows of a batch share that knowledge
+    with the whole."""
+    kernels = pytest.importorskip("trimkv.attention.slots_triton")
+    monkeypatch.setattr(fused, "kernels", lambda q, k, v: kernels)
+    expected = [alone(model, policy, prompt(p), n) for p, n in LENGTHS]
+    with Engine(model, policy, BUDGET, rows=5, chunk=CHUNK) as engine:
+        assert (engine.runner.cache.ahead is not None) == (policy != "h2o")
+        engine.runner.lag, engine.runner.few_sizes = 1, True
+        found = run_with_arrivals(engine, [(prompt(p), long(n)) for p, n in LENGTHS])
+    assert [request.tokens for request in found] == expected
+
+
 def test_other_policies_than_those_with_fixed_memory_are_refused(model):
     for policy in sorted(set(POLICIES) - set(FIXED)):
         with pytest.raises(ValueError, match="fixed number of slots.*streaming_llm"):
             Engine(model, policy, 16)
     with pytest.raises(ValueError, match="scope head"):
         Engine(model, "trimkv", trimkv.Budget(16, scope="layer"))
+
+
+def test_a_request_that_the_full_cache_has_no_room_for_is_refused(model):
+    with Engine(model, "full", 60, rows=2, chunk=CHUNK) as engine:
+        assert engine.generate([prompt(40)], long(20))[0].tokens == alone(model, "full", prompt(40), 20)
+        with pytest.raises(ValueError, match="40 of the prompt and max_new_tokens=21 do not fit the budget of 60"):
+            engine.add(prompt(40), long(21))
 
 
 def test_models_that_cannot_be_served_row_by_row_are_refused():

@@ -1,4 +1,4 @@
-"""The same promises on a GPU, with graphs where the cache allows them, and no waiting for a decode step."""
+"""The same promises on a GPU, from graphs, and no waiting for a decode step."""
 
 import pytest
 import torch
@@ -6,7 +6,6 @@ import torch
 import tiny
 from alone import BUDGET, CHUNK, alone, long, prompt
 from trimkv import Engine
-from trimkv.engine import batch
 
 pytestmark = [
     pytest.mark.gpu,
@@ -65,7 +64,6 @@ def test_memory_does_not_grow_after_the_start(model):
         assert torch.cuda.memory_reserved() == reserved
 
 
-@pytest.mark.skipif(not batch.STATIC, reason="the cache has no static mode yet")
 def test_rows_that_run_are_not_touched_by_a_late_capture(model):
     """With a fast start, a graph is captured while requests run."""
     with Engine(model, "trimkv", BUDGET, rows=4, chunk=CHUNK, fast_start=True) as engine:

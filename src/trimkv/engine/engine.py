@@ -42,7 +42,7 @@ class Engine:
         model: a transformers decoder model whose layers all have full attention; or a hub id, a folder or the alias
             "smollm2", which is then loaded, on a GPU in bf16 if there is one.
         policy: a name from ``trimkv policies`` or a Policy, of those that keep a fixed number of slots.
-        budget: tokens per KV head and request, or a Budget.
+        budget: tokens per KV head and request, or a Budget. With policy full, the longest prompt and output together.
         rows: requests that run at once; more wait in a queue, first come, first served.
         chunk: tokens of a prompt that are read between two decode steps, and that attend together before an eviction.
             Larger reads prompts faster and lets running requests wait longer.
@@ -85,6 +85,7 @@ class Engine:
         self.model, self.tokenizer = model.eval(), tokenizer
         context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         self.max_prompt_tokens = max_prompt_tokens or context or 2**31 - 1
+        self.max_tokens = None if policy.bounded else budget.tokens  # of a request, where nothing is to be evicted
         self.runner = Runner(model, policy, budget, rows, chunk, prefixes, compile, fast_start)
         self.memory = self.runner.memory
         logger.info("engine of %d rows: %s", rows, ", ".join(f"{k} {v:,} B" for k, v in self.memory.items()))
@@ -109,7 +110,7 @@ class Engine:
 
         Raises:
             ValueError: an empty or too long prompt, tokens the model does not know, text without a tokenizer, more
-                stop tokens than a row has room for.
+                stop tokens than a row has room for; with policy full, more tokens than the budget.
         """
         request = self._request(prompt, params or SamplingParams())
         self._queue([request])
@@ -398,6 +399,11 @@ class Engine:
             raise ValueError(
                 f"a prompt of {len(ids):,} tokens, and the limit of this engine is {self.max_prompt_tokens:,} "
                 "(max_prompt_tokens)"
+            )
+        if self.max_tokens and len(ids) + params.max_new_tokens > self.max_tokens:
+            raise ValueError(
+                f"policy full keeps every token: {len(ids):,} of the prompt and "
+                f"max_new_tokens={params.max_new_tokens:,} do not fit the budget of {self.max_tokens:,}"
             )
         if not 0 <= min(ids) <= max(ids) < self.runner.vocabulary:
             raise ValueError(

@@ -7,6 +7,7 @@ import torch
 
 from ..budget import Budget
 from ..cache.bounded import RowSnapshot
+from ..cache.build import bounded_cache
 from ..cache.policies import Policy
 from . import batch
 from .compiled import compile_parts, undo
@@ -45,14 +46,14 @@ class Runner:
         self.lag = int(self.on_gpu)  # steps whose results are not waited for
         self.few_sizes = self.on_gpu  # a size is a graph there; on a CPU every row costs
         self.vocabulary = model.config.get_text_config(decoder=True).vocab_size
-        self.cache = batch.make_batch(model, policy, budget, chunk, rows)
-        self.staging = batch.make_batch(model, policy, budget, chunk, 1)
+        self.cache = bounded_cache(model, policy, budget, chunk, rows=rows)
+        self.staging = batch.make_staging(model, policy, budget, chunk)
         self.rows = Rows.empty(rows, self.vocabulary, self.device)
         self.reports = Reports(rows, self.device)
         self.kept: OrderedDict[tuple[int, ...], RowSnapshot] = OrderedDict()
         self.prompt = torch.empty(0, dtype=torch.int64)  # what is in the staging row, or will be
         self.parts = compile_parts(model) if compile else []
-        self.graphs = Graphs(self._step, self._idle) if self.on_gpu and batch.STATIC else None
+        self.graphs = Graphs(self._step, self._idle) if self.on_gpu else None
         if self.on_gpu:
             self._warm_up(budget.slots + 2 * chunk)
         if self.graphs and not fast_start:
@@ -63,7 +64,7 @@ class Runner:
     @torch.no_grad()
     def begin(self, request: Request) -> int:
         """Makes the staging row ready for a prompt. Returns how many of its tokens are there already."""
-        self._wipe_staging()
+        self.staging.reset()
         prompt = torch.tensor(request.prompt)
         self.prompt = (prompt.pin_memory() if self.on_gpu else prompt).to(self.device, non_blocking=True)
         key = tuple(request.prompt)
@@ -92,7 +93,7 @@ class Runner:
     @torch.no_grad()
     def join(self, request: Request, row: int, logits_1V: torch.Tensor) -> None:
         """Puts the staging row, whose prompt is read, among the running ones and draws its first token."""
-        batch.copy_row(self.staging, 0, self.cache, row)
+        self.cache.copy_row(self.staging, 0, row)
         self.rows.place(row, request, self.prompt)
         own = self.rows.part(row, row + 1)
         own.advance(*choose(logits_1V, own, request.params.plain))
@@ -114,6 +115,7 @@ class Runner:
         """One token for every row, of R, that has a request."""
         size = self._bucket(max(row for row, request in enumerate(requests) if request is not None) + 1)
         plain = all(request is None or request.params.plain for request in requests)
+        self.cache.refresh()
         (self.graphs or self._step)(size, plain)
         self.reports.send(self.rows.report[:size], tuple(requests[:size]))
 
@@ -122,8 +124,6 @@ class Runner:
         whole = size == self.num_rows
         rows = self.rows if whole else self.rows.part(0, size)
         cache = self.cache if whole else batch.first_rows(self.cache, size)
-        if self.graphs:
-            batch.follow_mask(cache)
         logits = self.model(
             input_ids=rows.token[:, None],
             position_ids=rows.position[:, None],
@@ -145,13 +145,8 @@ class Runner:
 
     @torch.no_grad()
     def release(self, row: int) -> None:
-        """Frees a row and wipes it."""
+        """Frees a row. What it held stays until the next request takes its place, slot by slot."""
         self.rows.active[row].fill_(False)
-        batch.clear_row(self.cache, row)
-
-    def _wipe_staging(self) -> None:
-        self.staging.reset()
-        batch.clear_row(self.staging, 0)
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -159,15 +154,15 @@ class Runner:
         self.reports.drop()
         self.rows.active.zero_()
         self.cache.reset()
-        for row in range(self.num_rows):
-            batch.clear_row(self.cache, row)
-        self._wipe_staging()
+        self.cache.clear_rows(list(range(self.num_rows)))
+        self.staging.reset()
 
     @contextlib.contextmanager
     def _idle(self):
         """Within, no row is active."""
         active = self.rows.active.clone()
         self.rows.active.zero_()
+        self.cache.refresh()
         try:
             yield
         finally:
@@ -189,7 +184,7 @@ class Runner:
             self.read(start, min(start + self.chunk, tokens), more=False)
         taken = [self.staging.snapshot() for _ in range(self.prefixes)]
         del taken
-        batch.copy_row(self.staging, 0, self.cache, 0)
+        self.cache.copy_row(self.staging, 0, 0)
         for plain in (True, False):
             self._step(self.num_rows, plain)
         self.reset()
