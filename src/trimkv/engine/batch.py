@@ -54,6 +54,12 @@ def make_staging(model, policy: Policy, budget: Budget, chunk: int) -> BoundedCa
     return cache
 
 
+def settled(staging: BoundedCache) -> bool:
+    """Whether every slot of the one row holds a token, so that all further whole chunks are the same work."""
+    layer = staging.slot_layers[0]
+    return layer.store.used == layer.count == layer.budget.tokens and not layer.padded
+
+
 def first_rows(cache: BoundedCache, rows: int) -> BoundedCache:
     """The first rows of a static cache, sharing memory: what a decode step writes there is in the cache."""
     part = copy.copy(cache)

@@ -13,10 +13,11 @@ class Graphs:
     Args:
         idle: a context in which a step changes nothing that counts: kernels are compiled and libraries get their
             workspaces by running it a few times before it is captured.
+        pool: of memory, shared with other graphs: what a step leaves behind for others lies in tensors outside of it.
     """
 
-    def __init__(self, step: Callable[..., None], idle: Callable):
-        self.step, self.idle, self.pool = step, idle, None
+    def __init__(self, step: Callable[..., None], idle: Callable, pool=None):
+        self.step, self.idle, self.pool = step, idle, pool
         self.captured: dict[tuple, torch.cuda.CUDAGraph] = {}
 
     def __call__(self, *key) -> None:
@@ -35,5 +36,5 @@ class Graphs:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 self.step(*key)
-        self.pool = graph.pool()
+        self.pool = self.pool or graph.pool()
         self.captured[key] = graph

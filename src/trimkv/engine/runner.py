@@ -53,10 +53,13 @@ class Runner:
         self.kept: OrderedDict[tuple[int, ...], RowSnapshot] = OrderedDict()
         self.prompt = torch.empty(0, dtype=torch.int64)  # what is in the staging row, or will be
         self.parts = compile_parts(model) if compile else []
-        self.graphs = Graphs(self._step, self._idle) if self.on_gpu else None
+        self.ids = torch.zeros(1, chunk, dtype=torch.int64, device=self.device)  # a chunk that a graph reads
+        self.positions = torch.zeros_like(self.ids)
+        self.graphs = self.chunk_graph = None
         if self.on_gpu:
-            self._warm_up(budget.slots + 2 * chunk)
-        if self.graphs and not fast_start:
+            self.graphs = Graphs(self._step, self._idle, torch.cuda.graph_pool_handle())
+            self._warm_up()
+        if self.on_gpu and not fast_start:
             self._capture()
 
     # A prompt.
@@ -77,18 +80,31 @@ class Runner:
         return len(longest)
 
     @torch.no_grad()
-    def read(self, start: int, end: int, more: bool) -> torch.Tensor:
+    def read(self, start: int, end: int, more: bool) -> torch.Tensor | None:
         """Feeds tokens start..end-1 of the prompt. Returns the logits of the last, [1, V].
 
         Args:
-            more: whether the text goes on after them.
+            more: whether the text goes on after them; nobody needs their logits then, and None is returned.
         """
-        self.staging.stage_more(more)
-        positions = torch.arange(start, end, device=self.device)[None]
-        ids = self.prompt[None, start:end]
-        return self.model(
-            input_ids=ids, position_ids=positions, past_key_values=self.staging, use_cache=True, logits_to_keep=1
-        ).logits[:, -1]
+        ids, positions = self.prompt[None, start:end], torch.arange(start, end, device=self.device)[None]
+        if not more:
+            self.staging.stage_more(False)
+            return self.model(
+                input_ids=ids, position_ids=positions, past_key_values=self.staging, use_cache=True, logits_to_keep=1
+            ).logits[:, -1]
+        if self.chunk_graph and end - start == self.chunk and batch.settled(self.staging):
+            self.ids.copy_(ids)
+            self.positions.copy_(positions)
+            self.chunk_graph()
+        else:
+            self._read_on(ids, positions)
+        return None
+
+    def _read_on(self, ids_1T: torch.Tensor, positions_1T: torch.Tensor) -> None:
+        self.staging.stage_more(True)
+        self.model.get_decoder()(
+            input_ids=ids_1T, position_ids=positions_1T, past_key_values=self.staging, use_cache=True
+        )
 
     @torch.no_grad()
     def join(self, request: Request, row: int, logits_1V: torch.Tensor) -> None:
@@ -170,18 +186,31 @@ class Runner:
 
     @torch.no_grad()
     def _capture(self) -> None:
-        """All graphs, the largest first: the others find room in its memory."""
+        """All graphs, the largest first: the others find room in its memory. A chunk of a prompt is one, too, once the
+        slots are full: it then does the same with the same shapes, unless a policy looks at each of its queries."""
+        self._fill_staging()
+        if batch.settled(self.staging) and not self.cache.slot_layers[0].policy.observes:
+            self.chunk_graph = Graphs(
+                lambda: self._read_on(self.ids, self.positions), contextlib.nullcontext, self.graphs.pool
+            )
+            self.chunk_graph.capture()
+        self.staging.reset()
         for size in sorted({self._bucket(n + 1) for n in range(self.num_rows)}, reverse=True):
             for plain in (True, False):
                 self.graphs.capture(size, plain)
 
-    @torch.no_grad()
-    def _warm_up(self, tokens: int) -> None:
-        """Reads a prompt that fills the slots, keeps it as often as it may be kept and makes a token: what the largest
-        forwards need is then in the allocator's hands."""
+    def _fill_staging(self) -> None:
+        """Reads a prompt that fills the slots."""
+        tokens = self.cache.slot_layers[0].budget.slots + 2 * self.chunk
         self.prompt = torch.zeros(tokens, dtype=torch.int64, device=self.device)
         for start in range(0, tokens, self.chunk):
-            self.read(start, min(start + self.chunk, tokens), more=False)
+            self.read(start, min(start + self.chunk, tokens), more=start + self.chunk < tokens)
+
+    @torch.no_grad()
+    def _warm_up(self) -> None:
+        """Reads a prompt that fills the slots, keeps it as often as it may be kept and makes a token: what the largest
+        forwards need is then in the allocator's hands."""
+        self._fill_staging()
         taken = [self.staging.snapshot() for _ in range(self.prefixes)]
         del taken
         self.cache.copy_row(self.staging, 0, 0)
@@ -208,6 +237,6 @@ class Runner:
     def close(self) -> None:
         """Gives memory back; the model stays usable."""
         undo(self.parts)
-        self.graphs = None
+        self.graphs = self.chunk_graph = None
         self.kept.clear()
         self.cache = self.staging = self.rows = None
