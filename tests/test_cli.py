@@ -21,8 +21,8 @@ from trimkv.cli import loading
 from trimkv.cli.answer import Sampling, _Stream, answer
 from trimkv.cli.app import run
 from trimkv.cli.conversation import Conversation
-from trimkv.cli.interrupt import interruptible
 from trimkv.cli.turns import encode, first_turn, next_turn
+from trimkv.engine.interrupt import interruptible
 from trimkv.gates.attach import new_gates
 
 GREEDY = Sampling(max_new_tokens=12, temperature=0, top_p=1, repetition_penalty=1)

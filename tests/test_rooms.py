@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "gates": set(),
     "attention": set(),
     "cache": {"attention", "budget"},
-    "engine": {"cache", "gates", "attention", "budget"},
+    "engine": {"cache", "gates", "attention", "budget", "embedded"},
     "train": {"gates", "attention", "budget", "texts"},
     "eval": {"engine", "cache", "gates", "budget", "texts"},
     "server": {"engine"},

@@ -15,6 +15,8 @@ _HOME = {
     "bounded_cache": "trimkv.cache.build",
     "prefill": "trimkv.cache.prefill",
     "Policy": "trimkv.cache.policies",
+    "Engine": "trimkv.engine.engine",
+    "SamplingParams": "trimkv.engine.request",
 }
 __all__ = [*_HOME, "__version__"]
 

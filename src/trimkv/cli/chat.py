@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import click
 
+from ..engine.interrupt import interruptible
 from . import loading, show
 from .errors import UserError, one_line
-from .interrupt import interruptible
 from .options import budget_options, model_options, output_options, sampling_options
 from .run import LengthWarning, Run
 

@@ -1,0 +1,89 @@
+"""Caches whose rows belong to different requests."""
+
+import copy
+
+import torch
+
+from ..budget import Budget
+from ..cache.bounded import BoundedCache
+from ..cache.build import bounded_cache
+from ..cache.policies import POLICIES, Policy, make
+from ..cache.static import MOVING_ROPE
+
+
+def check(model, policy: Policy, budget: Budget) -> None:
+    """Refuses what cannot be served row by row in fixed memory.
+
+    Raises:
+        ValueError: the message says what to take instead.
+    """
+    name, otherwise = type(model).__name__, "use model.generate with trimkv.bounded_cache"
+    if not _fixed(policy):
+        known = ", ".join(sorted(name for name in POLICIES if _fixed(make(name))))
+        raise ValueError(
+            f"policy {policy.name} does not keep a sequence in a fixed number of slots, so the engine cannot promise "
+            f"its memory; choose one of {known}"
+        )
+    if budget.shared:
+        raise ValueError(f"budget: the engine's rows need scope head, got {budget.scope}; {otherwise}")
+    config = model.config.get_text_config(decoder=True)
+    others = sorted(set(getattr(config, "layer_types", None) or []) - {"full_attention"})
+    if others:
+        raise ValueError(
+            f"{name} has layers ({', '.join(others)}) whose rows must be of one age; the engine serves models with "
+            f"full attention in all layers; {otherwise}"
+        )
+    rope = getattr(getattr(model.get_decoder(), "rotary_emb", None), "rope_type", "default")
+    if rope in MOVING_ROPE:
+        raise ValueError(
+            f"{name} rotates by the length of the longest row ({rope}), so rows would disturb each other; {otherwise}"
+        )
+
+
+def _fixed(policy: Policy) -> bool:
+    return not policy.grows and not policy.selects
+
+
+@torch.no_grad()
+def make_staging(model, policy: Policy, budget: Budget, chunk: int) -> BoundedCache:
+    """A cache of one row to read prompts into, its memory allocated."""
+    cache = bounded_cache(model, policy, budget, chunk)
+    nothing = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+    model(input_ids=nothing, position_ids=nothing, attention_mask=nothing, past_key_values=cache, use_cache=True)
+    cache.reset()
+    return cache
+
+
+def settled(staging: BoundedCache) -> bool:
+    """Whether every slot of the one row holds a token, so that all further whole chunks are the same work."""
+    layer = staging.slot_layers[0]
+    return layer.store.used == layer.count == layer.budget.tokens and not layer.padded
+
+
+def first_rows(cache: BoundedCache, rows: int) -> BoundedCache:
+    """The first rows of a static cache, sharing memory: what a decode step writes there is in the cache."""
+    part = copy.copy(cache)
+    part.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in part.layers:
+        layer.store = copy.copy(layer.store)
+        for name, value in vars(layer.store).items():
+            if isinstance(value, torch.Tensor):
+                setattr(layer.store, name, value[:rows])
+            elif name in ("state", "rows"):
+                setattr(layer.store, name, {key: t[:rows] for key, t in value.items()})
+    if cache.ahead is not None:
+        part.ahead = copy.copy(cache.ahead)
+        part.ahead.layers = part.layers
+        part.ahead.seen, part.ahead.next_slot = cache.ahead.seen[:, :rows], cache.ahead.next_slot[:, :rows]
+        for layer in part.layers:
+            layer.ahead = part.ahead
+    return part
+
+
+def count_steps(cache: BoundedCache, part: BoundedCache) -> None:
+    """Takes over what the host has counted while ``part``, first rows of this cache, was used."""
+    for layer, used in zip(cache.layers, part.layers, strict=True):
+        layer.store.used = used.store.used
+        for name, value in vars(used).items():
+            if isinstance(value, (int, bool)):
+                setattr(layer, name, value)

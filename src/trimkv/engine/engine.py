@@ -1,0 +1,477 @@
+"""Many requests on one model, in memory that is fixed at the start."""
+
+import asyncio
+import itertools
+import logging
+import random
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Iterator, Sequence
+
+import torch
+
+from .. import embedded
+from ..budget import Budget
+from ..cache.build import DEFAULT_CHUNK
+from ..cache.policies import Policy, make
+from ..gates.attach import attach, attention_modules
+from . import batch
+from .bar import Bar
+from .interrupt import interruptible
+from .request import MAX_STOPS, REASONS, Request, SamplingParams
+from .runner import Runner
+
+logger = logging.getLogger(__name__)
+
+KEPT_RESULTS = 4096  # finished requests that can still be asked for
+
+Prompt = str | Sequence[int] | torch.Tensor
+
+
+class Engine:
+    """Serves requests of any length and age side by side, each in one row of a batch.
+
+    A row is a fixed number of slots, so a request is admitted as soon as a row is free, and memory is what it was at
+    the start. Every ``step`` reads one chunk of a waiting prompt and makes one token for each running request. What a
+    request gets depends on nothing but itself.
+
+    ``add``, ``cancel``, ``stream`` and ``result`` may be called from any thread. Somebody must call ``step``: those who
+    wait for tokens do, unless a thread was started for it (``start``).
+
+    Args:
+        model: a transformers decoder model whose layers all have full attention; or a hub id, a folder or the alias
+            "smollm2", which is then loaded, on a GPU in bf16 if there is one.
+        policy: a name from ``trimkv policies`` or a Policy, of those that keep a fixed number of slots.
+        budget: tokens per KV head and request, or a Budget. With policy full, the longest prompt and output together.
+        rows: requests that run at once; more wait in a queue, first come, first served.
+        chunk: tokens of a prompt that are read between two decode steps, and that attend together before an eviction.
+            Larger reads prompts faster and lets running requests wait longer.
+        gates: for policies that need them, where the model has none yet.
+        tokenizer: for prompts that are text, and for the text of results; comes with a model given by name.
+        max_prompt_tokens: longer prompts are refused; the model's own context by default.
+        prefixes: beginnings of prompts that can be kept (``prefix``), each for the memory of a row.
+        compile: torch.compile for the elementwise parts of the model: faster steps, slow first ones.
+        fast_start: on a GPU, capture graphs when they are needed and not all at the start.
+
+    Raises:
+        ValueError: a policy, budget or model that cannot be served in fixed memory, missing gates; the message says
+            what to take instead.
+    """
+
+    def __init__(
+        self,
+        model,
+        policy: str | Policy = "trimkv",
+        budget: int | Budget = 256,
+        rows: int = 8,
+        chunk: int = DEFAULT_CHUNK,
+        *,
+        gates="bundled",
+        tokenizer=None,
+        max_prompt_tokens: int | None = None,
+        prefixes: int = 4,
+        compile: bool = False,
+        fast_start: bool = False,
+    ):
+        for name, value, least in (("rows", rows, 1), ("chunk", chunk, 1), ("prefixes", prefixes, 0)):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if isinstance(model, str):
+            model, tokenizer = _load(model, tokenizer)
+        policy, budget = make(policy), Budget.of(budget)
+        batch.check(model, policy, budget)
+        if "log_beta" in policy.needs and not _has_gates(model):
+            attach(model, gates)
+        self.model, self.tokenizer = model.eval(), tokenizer
+        context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        self.max_prompt_tokens = max_prompt_tokens or context or 2**31 - 1
+        self.max_tokens = None if policy.bounded else budget.tokens  # of a request, where nothing is to be evicted
+        self.runner = Runner(model, policy, budget, rows, chunk, prefixes, compile, fast_start)
+        self.memory = self.runner.memory
+        logger.info("engine of %d rows: %s", rows, ", ".join(f"{k} {v:,} B" for k, v in self.memory.items()))
+
+        self._ends = _end_tokens(model, tokenizer)
+        self._running: list[Request | None] = [None] * rows
+        self._reading: Request | None = None  # the request whose prompt is in the staging row
+        self._fed = 0  # tokens of it that are there
+        self._waiting: deque[Request] = deque()
+        self._requests: dict[int, Request] = {}
+        self._ids = itertools.count()
+        self._news = threading.Condition()  # guards requests and queue; told after every step
+        self._stepping = threading.Lock()  # held by whoever uses the device
+        self._listeners: dict[object, None] = {}
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    # Asking.
+
+    def add(self, prompt: Prompt, params: SamplingParams | None = None) -> int:
+        """Queues a request. Returns its id.
+
+        Raises:
+            ValueError: an empty or too long prompt, tokens the model does not know, text without a tokenizer, more
+                stop tokens than a row has room for; with policy full, more tokens than the budget.
+        """
+        request = self._request(prompt, params or SamplingParams())
+        self._queue([request])
+        return request.id
+
+    def cancel(self, id: int) -> bool:
+        """Ends a request, whatever it is doing. Returns whether it was not over yet; what it has made stays."""
+        with self._news:
+            request = self._find(id)
+            if request.done:
+                return False
+            self._finish(request, "cancelled")
+            return True
+
+    def prefix(self, prompt: Prompt) -> int:
+        """Reads the beginning of prompts to come and keeps its row: longer prompts that begin with it start there.
+
+        Whole chunks are kept, so that a prompt is cut, and its tokens evicted, where it would be without the prefix. Of
+        more than ``prefixes`` the longest unused is dropped. Returns the number of tokens kept.
+
+        Raises:
+            ValueError: as for ``add``, less than a chunk, or an engine made without room for prefixes.
+            RuntimeError: it could not be read.
+        """
+        chunk = self.runner.chunk
+        if not self.runner.prefixes:
+            raise ValueError("this engine keeps no prefixes; make it with prefixes=1 or more")
+        request = self._request(prompt, SamplingParams(max_new_tokens=1))
+        if len(request.prompt) < chunk:
+            raise ValueError(f"a prefix shorter than a chunk ({chunk} tokens) spares nothing: leave it out")
+        request.prompt, request.is_prefix = request.prompt[: len(request.prompt) // chunk * chunk], True
+        self._queue([request], first=True)
+        if self.result(request.id).finish_reason != "length":
+            raise RuntimeError(f"the prefix was not kept: {request.error or request.finish_reason}")
+        return len(request.prompt)
+
+    # Getting.
+
+    def result(self, id: int) -> Request:
+        """Waits until a request has finished, and returns it."""
+        request = self._find(id)
+        while not request.done:
+            self._advance()
+        return request
+
+    def stream(self, id: int) -> Iterator[int]:
+        """Yields the tokens of a request as they come; ``result`` tells how it ended."""
+        request, given = self._find(id), 0
+        while True:
+            done = request.done  # asked before the tokens: none comes after it
+            while given < len(request.tokens):
+                yield request.tokens[given]
+                given += 1
+            if done:
+                return
+            self._advance()
+
+    async def astream(self, id: int) -> AsyncIterator[int]:
+        """``stream`` for an event loop; starts the thread that steps."""
+        request, given = self._find(id), 0
+        loop, news = asyncio.get_running_loop(), asyncio.Event()
+
+        def tell() -> None:
+            loop.call_soon_threadsafe(news.set)
+
+        with self._news:
+            self._listeners[tell] = None
+        self.start()
+        try:
+            while True:
+                news.clear()
+                done = request.done
+                while given < len(request.tokens):
+                    yield request.tokens[given]
+                    given += 1
+                if done:
+                    return
+                await news.wait()
+        finally:
+            with self._news:
+                self._listeners.pop(tell, None)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        progress: bool = True,
+    ) -> list[Request]:
+        """Finished requests for a list of prompts, in their order. Ctrl-C cancels them and raises.
+
+        Args:
+            params: for all prompts, or one for each.
+            progress: a bar on a terminal.
+
+        Raises:
+            ValueError: as for ``add``, before anything runs.
+            KeyboardInterrupt: between two steps, so that other requests and the engine go on.
+        """
+        if isinstance(params, SamplingParams) or params is None:
+            params = [params or SamplingParams()] * len(prompts)
+        if len(params) != len(prompts):
+            raise ValueError(f"{len(params)} sampling parameters for {len(prompts)} prompts: give one, or one for each")
+        requests = [self._request(prompt, one) for prompt, one in zip(prompts, params, strict=True)]
+        with interruptible() as pressed, Bar(requests, progress) as bar:
+            try:
+                self._queue(requests)
+                while not bar.update():
+                    self._advance()
+                    if pressed():
+                        raise KeyboardInterrupt
+            except BaseException:
+                with self._news:
+                    for request in requests:
+                        self._finish(request, "cancelled")
+                raise
+        return requests
+
+    # Working.
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step has something to do."""
+        return bool(self._waiting or self._reading or self.runner.reports.waiting or any(self._running))
+
+    def step(self) -> bool:
+        """Reads a chunk of a prompt, if one waits, and makes a token for every running request.
+
+        Returns whether there is more to do. If it raises, what was running has failed and the rest goes on.
+        """
+        with self._stepping:
+            if self._closed:
+                raise RuntimeError("the engine is closed")
+            try:
+                self._sweep()
+                self._read_prompt()
+                launched = any(self._running)
+                if launched:
+                    self.runner.decode(self._running)
+                self._collect(all_of_them=not launched)
+            except BaseException as error:
+                self._abandon(error)
+                raise
+            finally:
+                self._tell()
+            return self.busy
+
+    def start(self) -> None:
+        """Starts a thread that steps whenever there is something to do, until ``close``."""
+        with self._news:
+            if self._thread is None and not self._closed:
+                self._thread = threading.Thread(target=self._drive, name="trimkv-engine", daemon=True)
+                self._thread.start()
+
+    def close(self) -> None:
+        """Cancels everything and gives memory back. The model stays usable."""
+        with self._news:
+            if self._closed:
+                return
+            self._closed = True
+            for request in list(self._requests.values()):
+                self._finish(request, "cancelled")
+        self._tell()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+        with self._stepping:
+            self.runner.close()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+    # The parts of a step.
+
+    def _sweep(self) -> None:
+        """Frees the rows of requests that are over."""
+        if self._reading is not None and self._reading.done:
+            self._reading = None
+        for row, request in enumerate(self._running):
+            if request is not None and request.done:
+                self._running[row] = None
+                self.runner.release(row)
+
+    def _read_prompt(self) -> None:
+        """A chunk of the prompt that is being read, or of the next one if a row is free for it."""
+        request = self._reading or self._next()
+        if request is None:
+            return
+        try:
+            if self._reading is None:
+                self._fed = request.reused_tokens = self.runner.begin(request)
+                self._reading = request
+            end = min(self._fed + self.runner.chunk, len(request.prompt))
+            whole = end == len(request.prompt)
+            logits = self.runner.read(self._fed, end, more=not whole or request.is_prefix)
+        except Exception as error:  # one prompt's: the rows of the others were not touched
+            logger.exception("request %d failed", request.id)
+            self._reading = None
+            with self._news:
+                self._finish(request, "error", f"{type(error).__name__}: {error}")
+            return
+        self._fed = end
+        if not whole:
+            return
+        self._reading = None
+        if request.is_prefix:
+            self.runner.keep(request)
+            with self._news:
+                self._finish(request, "length")
+            return
+        row = self._running.index(None)
+        self._running[row] = request
+        self.runner.join(request, row, logits)
+        with self._news:
+            if not request.done:
+                request.status = "running"
+
+    def _next(self) -> Request | None:
+        """Takes the first of the queue, if it has a row to go to."""
+        with self._news:
+            if not self._waiting or not (self._waiting[0].is_prefix or None in self._running):
+                return None
+            request = self._waiting.popleft()
+            request.begin()
+            return request
+
+    def _collect(self, all_of_them: bool) -> None:
+        """Hands out what steps have made."""
+        for request, token, reason in self.runner.results(all_of_them):
+            with self._news:
+                if request.done:
+                    continue
+                if token >= 0:
+                    request.take(token)
+                if reason:
+                    error = "the model's logits are not numbers" if REASONS[reason] == "error" else None
+                    self._finish(request, REASONS[reason], error)
+
+    def _abandon(self, error: BaseException) -> None:
+        """After a step that broke off in the middle, some layers may have a token that others lack."""
+        with self._news:
+            for request in (self._reading, *self._running):
+                if request is not None:
+                    self._finish(request, "error", f"{type(error).__name__}: {error}")
+        self._reading, self._running = None, [None] * len(self._running)
+        self.runner.reset()
+
+    # Helpers.
+
+    def _advance(self) -> None:
+        """Brings waiting requests forward: by a step, or by waiting for the thread that steps."""
+        if self._thread is None:
+            self.step()
+            return
+        with self._news:
+            self._news.wait(timeout=0.05)
+
+    def _drive(self) -> None:
+        while not self._closed:
+            try:
+                busy = self.step()
+            except Exception:
+                if self._closed:
+                    return
+                logger.exception("a step failed, and with it the requests that were running")
+                continue
+            if not busy:
+                with self._news:
+                    self._news.wait_for(lambda: self._closed or self._waiting)
+
+    def _tell(self) -> None:
+        with self._news:
+            self._news.notify_all()
+            for tell in list(self._listeners):
+                try:
+                    tell()
+                except RuntimeError:  # its event loop is gone
+                    del self._listeners[tell]
+
+    def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
+        ids = self._token_ids(prompt)
+        if not ids:
+            raise ValueError("the prompt is empty: give at least one token")
+        if len(ids) > self.max_prompt_tokens:
+            raise ValueError(
+                f"a prompt of {len(ids):,} tokens, and the limit of this engine is {self.max_prompt_tokens:,} "
+                "(max_prompt_tokens)"
+            )
+        if self.max_tokens and len(ids) + params.max_new_tokens > self.max_tokens:
+            raise ValueError(
+                f"policy full keeps every token: {len(ids):,} of the prompt and "
+                f"max_new_tokens={params.max_new_tokens:,} do not fit the budget of {self.max_tokens:,}"
+            )
+        if not 0 <= min(ids) <= max(ids) < self.runner.vocabulary:
+            raise ValueError(
+                f"the prompt has tokens outside of 0..{self.runner.vocabulary - 1}, the model's vocabulary"
+            )
+        stops = tuple(dict.fromkeys((*params.stop, *(() if params.ignore_eos else self._ends))))
+        if len(stops) > MAX_STOPS:
+            raise ValueError(f"{len(stops)} stop tokens, those of the model included; at most {MAX_STOPS} are possible")
+        seed = random.getrandbits(63) if params.seed is None else (params.seed + 2**63) % 2**64 - 2**63
+        return Request(next(self._ids), ids, params, stops, seed, self.tokenizer)
+
+    def _token_ids(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError("a prompt that is text needs a tokenizer: Engine(..., tokenizer=...), or token ids")
+            return self.tokenizer(prompt)["input_ids"]
+        ids = prompt.flatten().tolist() if isinstance(prompt, torch.Tensor) else list(prompt)
+        if any(isinstance(token, bool) or not isinstance(token, int) for token in ids):
+            raise ValueError("a prompt is text, or whole numbers: token ids")
+        return ids
+
+    def _queue(self, requests: list[Request], first: bool = False) -> None:
+        with self._news:
+            if self._closed:
+                raise ValueError("the engine is closed")
+            for request in requests:
+                self._requests[request.id] = request
+                if request.params.max_new_tokens == 0:
+                    self._finish(request, "length")
+                elif first:
+                    self._waiting.appendleft(request)
+                else:
+                    self._waiting.append(request)
+            self._news.notify_all()
+
+    def _find(self, id: int) -> Request:
+        if id not in self._requests:
+            raise ValueError(f"no request {id}: never added, or finished long ago")
+        return self._requests[id]
+
+    def _finish(self, request: Request, reason: str, error: str | None = None) -> None:
+        """Ends a request that is not over; called with ``_news`` held."""
+        if request.done:
+            return
+        if request.status == "queued" and request in self._waiting:
+            self._waiting.remove(request)
+        request.finish(reason, error)
+        finished = [one for one in self._requests.values() if one.done] if len(self._requests) > KEPT_RESULTS else []
+        for one in finished[: len(self._requests) - KEPT_RESULTS]:
+            del self._requests[one.id]
+        self._news.notify_all()
+
+
+def _has_gates(model) -> bool:
+    return any(getattr(module, "retention_gate", None) is not None for module in attention_modules(model).values())
+
+
+def _load(name: str, tokenizer):
+    """A model by its name, and its tokenizer unless there is one."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    place, on_gpu = embedded.resolve(name), torch.cuda.is_available()
+    model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.bfloat16 if on_gpu else torch.float32)
+    return model.to("cuda" if on_gpu else "cpu"), tokenizer or AutoTokenizer.from_pretrained(place)
+
+
+def _end_tokens(model, tokenizer) -> tuple[int, ...]:
+    """Tokens that end an answer. Chat models often name the end of a turn only in the tokenizer."""
+    ends = model.generation_config.eos_token_id
+    ends = (*(ends if isinstance(ends, list) else [ends]), getattr(tokenizer, "eos_token_id", None))
+    return tuple(dict.fromkeys(end for end in ends if end is not None))

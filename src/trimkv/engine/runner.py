@@ -1,0 +1,242 @@
+"""The device's side of the engine: reads prompts chunk by chunk and makes one token for every running row."""
+
+import contextlib
+from collections import OrderedDict
+
+import torch
+
+from ..budget import Budget
+from ..cache.bounded import RowSnapshot
+from ..cache.build import bounded_cache
+from ..cache.policies import Policy
+from . import batch
+from .compiled import compile_parts, undo
+from .graphs import Graphs
+from .reports import Reports
+from .request import Request
+from .rows import Rows
+from .sampling import choose
+
+
+class Runner:
+    """A model, the slots of R rows, and one more row in which a prompt is read before it joins the others.
+
+    All memory is taken here. Methods are called by one thread at a time; none waits for the device but ``results``.
+
+    Args:
+        chunk: tokens of a prompt that one forward takes.
+        prefixes: rows that may be kept for later (``keep``).
+        compile: whether to compile the elementwise parts of layers, which takes a while at the first steps.
+        fast_start: on a GPU, graphs are captured when they are first needed and not all at the start.
+    """
+
+    def __init__(
+        self,
+        model,
+        policy: Policy,
+        budget: Budget,
+        rows: int,
+        chunk: int,
+        prefixes: int = 0,
+        compile: bool = False,
+        fast_start: bool = False,
+    ):
+        self.model, self.num_rows, self.chunk, self.prefixes = model, rows, chunk, prefixes
+        self.device, self.on_gpu = model.device, model.device.type == "cuda"
+        self.lag = int(self.on_gpu)  # steps whose results are not waited for
+        self.few_sizes = self.on_gpu  # a size is a graph there; on a CPU every row costs
+        self.vocabulary = model.config.get_text_config(decoder=True).vocab_size
+        self.cache = bounded_cache(model, policy, budget, chunk, rows=rows)
+        self.staging = batch.make_staging(model, policy, budget, chunk)
+        self.rows = Rows.empty(rows, self.vocabulary, self.device)
+        self.reports = Reports(rows, self.device)
+        self.kept: OrderedDict[tuple[int, ...], RowSnapshot] = OrderedDict()
+        self.prompt = torch.empty(0, dtype=torch.int64)  # what is in the staging row, or will be
+        self.parts = compile_parts(model) if compile else []
+        self.ids = torch.zeros(1, chunk, dtype=torch.int64, device=self.device)  # a chunk that a graph reads
+        self.positions = torch.zeros_like(self.ids)
+        self.graphs = self.chunk_graph = None
+        if self.on_gpu:
+            self.graphs = Graphs(self._step, self._idle, torch.cuda.graph_pool_handle())
+            self._warm_up()
+        if self.on_gpu and not fast_start:
+            self._capture()
+
+    # A prompt.
+
+    @torch.no_grad()
+    def begin(self, request: Request) -> int:
+        """Makes the staging row ready for a prompt. Returns how many of its tokens are there already."""
+        self.staging.reset()
+        prompt = torch.tensor(request.prompt)
+        self.prompt = (prompt.pin_memory() if self.on_gpu else prompt).to(self.device, non_blocking=True)
+        key = tuple(request.prompt)
+        known = [prefix for prefix in self.kept if len(prefix) < len(key) and key[: len(prefix)] == prefix]
+        if not known:
+            return 0
+        longest = max(known, key=len)
+        self.kept.move_to_end(longest)
+        self.staging.restore(self.kept[longest])
+        return len(longest)
+
+    @torch.no_grad()
+    def read(self, start: int, end: int, more: bool) -> torch.Tensor | None:
+        """Feeds tokens start..end-1 of the prompt. Returns the logits of the last, [1, V].
+
+        Args:
+            more: whether the text goes on after them; nobody needs their logits then, and None is returned.
+        """
+        ids, positions = self.prompt[None, start:end], torch.arange(start, end, device=self.device)[None]
+        if not more:
+            self.staging.stage_more(False)
+            return self.model(
+                input_ids=ids, position_ids=positions, past_key_values=self.staging, use_cache=True, logits_to_keep=1
+            ).logits[:, -1]
+        if self.chunk_graph and end - start == self.chunk and batch.settled(self.staging):
+            self.ids.copy_(ids)
+            self.positions.copy_(positions)
+            self.chunk_graph()
+        else:
+            self._read_on(ids, positions)
+        return None
+
+    def _read_on(self, ids_1T: torch.Tensor, positions_1T: torch.Tensor) -> None:
+        self.staging.stage_more(True)
+        self.model.get_decoder()(
+            input_ids=ids_1T, position_ids=positions_1T, past_key_values=self.staging, use_cache=True
+        )
+
+    @torch.no_grad()
+    def join(self, request: Request, row: int, logits_1V: torch.Tensor) -> None:
+        """Puts the staging row, whose prompt is read, among the running ones and draws its first token."""
+        self.cache.copy_row(self.staging, 0, row)
+        self.rows.place(row, request, self.prompt)
+        own = self.rows.part(row, row + 1)
+        own.advance(*choose(logits_1V, own, request.params.plain))
+        self.reports.send(own.report, (request,))
+
+    @torch.no_grad()
+    def keep(self, request: Request) -> None:
+        """Keeps the staging row for prompts that begin with this one; of too many the longest unused goes."""
+        key = tuple(request.prompt)
+        self.kept.pop(key, None)
+        while len(self.kept) >= self.prefixes:
+            self.kept.popitem(last=False)
+        self.kept[key] = self.staging.snapshot()
+
+    # The running rows.
+
+    @torch.no_grad()
+    def decode(self, requests: list[Request | None]) -> None:
+        """One token for every row, of R, that has a request."""
+        size = self._bucket(max(row for row, request in enumerate(requests) if request is not None) + 1)
+        plain = all(request is None or request.params.plain for request in requests)
+        self.cache.refresh()
+        (self.graphs or self._step)(size, plain)
+        self.reports.send(self.rows.report[:size], tuple(requests[:size]))
+
+    def _step(self, size: int, plain: bool) -> None:
+        """One step of the first ``size`` rows; nothing in it reads the device."""
+        whole = size == self.num_rows
+        rows = self.rows if whole else self.rows.part(0, size)
+        cache = self.cache if whole else batch.first_rows(self.cache, size)
+        logits = self.model(
+            input_ids=rows.token[:, None],
+            position_ids=rows.position[:, None],
+            attention_mask=rows.active[:, None],
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[:, -1]
+        if not whole:
+            batch.count_steps(self.cache, cache)
+        rows.advance(*choose(logits, rows, plain))
+
+    def _bucket(self, rows: int) -> int:
+        """Rows that a step takes for so many."""
+        return min(1 << (rows - 1).bit_length(), self.num_rows) if self.few_sizes else rows
+
+    def results(self, all_of_them: bool):
+        """(request, token, reason) of what has arrived: all, or all but what the newest step makes on a GPU."""
+        return self.reports.read(leave=0 if all_of_them else self.lag)
+
+    @torch.no_grad()
+    def release(self, row: int) -> None:
+        """Frees a row. What it held stays until the next request takes its place, slot by slot."""
+        self.rows.active[row].fill_(False)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """After a step that broke off: every row is free and as new. Kept prefixes stay."""
+        self.reports.drop()
+        self.rows.active.zero_()
+        self.cache.reset()
+        self.cache.clear_rows(list(range(self.num_rows)))
+        self.staging.reset()
+
+    @contextlib.contextmanager
+    def _idle(self):
+        """Within, no row is active."""
+        active = self.rows.active.clone()
+        self.rows.active.zero_()
+        self.cache.refresh()
+        try:
+            yield
+        finally:
+            self.rows.active.copy_(active)
+
+    @torch.no_grad()
+    def _capture(self) -> None:
+        """All graphs, the largest first: the others find room in its memory. A chunk of a prompt is one, too, once the
+        slots are full: it then does the same with the same shapes, unless a policy looks at each of its queries."""
+        self._fill_staging()
+        if batch.settled(self.staging) and not self.cache.slot_layers[0].policy.observes:
+            self.chunk_graph = Graphs(
+                lambda: self._read_on(self.ids, self.positions), contextlib.nullcontext, self.graphs.pool
+            )
+            self.chunk_graph.capture()
+        self.staging.reset()
+        for size in sorted({self._bucket(n + 1) for n in range(self.num_rows)}, reverse=True):
+            for plain in (True, False):
+                self.graphs.capture(size, plain)
+
+    def _fill_staging(self) -> None:
+        """Reads a prompt that fills the slots."""
+        tokens = self.cache.slot_layers[0].budget.slots + 2 * self.chunk
+        self.prompt = torch.zeros(tokens, dtype=torch.int64, device=self.device)
+        for start in range(0, tokens, self.chunk):
+            self.read(start, min(start + self.chunk, tokens), more=start + self.chunk < tokens)
+
+    @torch.no_grad()
+    def _warm_up(self) -> None:
+        """Reads a prompt that fills the slots, keeps it as often as it may be kept and makes a token: what the largest
+        forwards need is then in the allocator's hands."""
+        self._fill_staging()
+        taken = [self.staging.snapshot() for _ in range(self.prefixes)]
+        del taken
+        self.cache.copy_row(self.staging, 0, 0)
+        for plain in (True, False):
+            self._step(self.num_rows, plain)
+        self.reset()
+
+    # Accounting.
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes by purpose: what is allocated, and at most for prefixes and logits."""
+        row = self.staging.nbytes
+        logits = self.num_rows * self.vocabulary * self.model.dtype.itemsize
+        return {
+            "weights": sum(p.nbytes for p in (*self.model.parameters(), *self.model.buffers())),
+            "slots": self.cache.nbytes,
+            "staging": row,
+            "prefixes": self.prefixes * row,
+            "rows": self.rows.nbytes,
+            "logits": logits,
+        }
+
+    def close(self) -> None:
+        """Gives memory back; the model stays usable."""
+        undo(self.parts)
+        self.graphs = self.chunk_graph = None
+        self.kept.clear()
+        self.cache = self.staging = self.rows = None
