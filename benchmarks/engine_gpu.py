@@ -22,15 +22,14 @@ import time
 from pathlib import Path
 
 import record
-import shapes
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import trimkv
 from trimkv import Engine, SamplingParams
+from trimkv.bench.shapes import SHAPES
 from trimkv.gates.attach import new_gates
 
-SHAPES = {"qwen3-4b": shapes.QWEN3_4B, "tiny": shapes.TINY}
 FULL_CONTEXT = 32_768
 
 

@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "train": {"gates", "attention", "budget", "texts"},
     "eval": {"engine", "cache", "gates", "budget", "texts"},
     "server": {"engine"},
+    "bench": {"cache", "gates", "attention", "budget", "train"},
     "viz": set(),
     # the import names of the published Quick Start: one room in two places
     "models": {"gates", "cache", "budget", "cache_utils"},

@@ -213,6 +213,17 @@ def test_a_replayed_step_needs_nothing_from_the_host(monkeypatch, models):
 
 
 @not_interpreted
+def test_plain_torch_can_be_asked_for(monkeypatch):
+    """What a measurement of the kernels compares them with must not be themselves."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    x = torch.ones(1, 1, 1, 16)
+    assert fused.kernels(x, x, x) is slots_triton
+    with fused.plain_torch():
+        assert fused.kernels(x, x, x) is None
+    assert fused.kernels(x, x, x) is slots_triton
+
+
+@not_interpreted
 def test_the_cache_works_without_triton():
     """On a Mac, and in torch's builds without it."""
     program = (

@@ -1,13 +1,28 @@
 """Which decode steps the fused kernels take over. They are imported only where they can run."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+
+_off = False
+
+
+@contextmanager
+def plain_torch() -> Iterator[None]:
+    """Within it, caches are served by plain torch, and those made within it stay so: to compare with."""
+    global _off
+    before, _off = _off, True
+    try:
+        yield
+    finally:
+        _off = before
 
 
 def kernels(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
     """The module of fused kernels if it can serve such tensors, else None: then it is plain torch."""
-    if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+    if _off or not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return None
     try:
         from ..attention import slots_triton

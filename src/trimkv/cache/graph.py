@@ -1,8 +1,11 @@
 """A decode step of a static cache, captured once as a CUDA graph and replayed for ever."""
 
+from contextlib import nullcontext
+
 import torch
 
 from .bounded import BoundedCache
+from .compiled import compiled_parts
 
 WARM_UP = 3  # eager steps before the capture: kernels compile and libraries allocate their workspaces
 
@@ -15,15 +18,17 @@ class DecodeStep:
     Args:
         model: the model that the cache was made for.
         cache: a static one. What it holds is not touched.
+        compile: also torch.compile for the small parts between matrix products (compiled.py). Half a minute's wait
+            once, then a fraction of the launches.
 
     Raises:
         ValueError: a cache that is not static.
     """
 
-    def __init__(self, model, cache: BoundedCache):
+    def __init__(self, model, cache: BoundedCache, compile: bool = False):
         if not cache.static:
             raise ValueError("a decode step for ever needs a static cache: make one with bounded_cache(..., rows=R)")
-        self.model, self.cache = model, cache
+        self.model, self.cache, self.compile = model, cache, compile
         rows, device = len(cache.seen), cache.seen.device
         self.token = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self.active = torch.zeros(rows, 1, dtype=torch.bool, device=device)
@@ -47,7 +52,8 @@ class DecodeStep:
         return self.logits
 
     def _forward(self) -> None:
-        out = self.model(self.token, attention_mask=self.active, past_key_values=self.cache, use_cache=True)
+        with compiled_parts(self.model) if self.compile else nullcontext():
+            out = self.model(self.token, attention_mask=self.active, past_key_values=self.cache, use_cache=True)
         self.logits = out.logits[:, -1]
 
     @torch.no_grad()

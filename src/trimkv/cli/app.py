@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import click
 
 from .. import __version__
+from .bench import bench
 from .chat import chat
 from .compare import compare
 from .errors import one_line
@@ -30,7 +31,7 @@ def trimkv(context: click.Context):
         click.echo(context.get_help())
 
 
-for command in (generate, chat, compare, train, policies, info):
+for command in (generate, chat, compare, train, bench, policies, info):
     trimkv.add_command(command)
 
 

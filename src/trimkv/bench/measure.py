@@ -1,0 +1,118 @@
+"""Clocks, memory, and what the hardware can do at best: all of the same run."""
+
+import gc
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+COPIED = 2**30  # bytes of the copies that bandwidth is measured by, on a GPU; a 16th of that on a CPU
+
+
+class Wrong(Exception):
+    """A system gave a wrong result: it gets no number."""
+
+
+def settle(device: torch.device) -> None:
+    """Waits for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def milliseconds(call: Callable, device: torch.device, repeat: int = 5, inner: int = 1, warm: int = 1) -> float:
+    """Median time of ``inner`` calls, by call."""
+    for _ in range(warm):
+        call()
+    times = []
+    for _ in range(repeat):
+        settle(device)
+        start = time.perf_counter()
+        for _ in range(inner):
+            call()
+        settle(device)
+        times.append((time.perf_counter() - start) / inner)
+    return statistics.median(times) * 1e3
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second of a large copy, read and written."""
+    size = COPIED if device.type == "cuda" else COPIED // 16
+    source = torch.ones(size // 4, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / milliseconds(lambda: target.copy_(source), device, 7, 3) * 1e3
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations per second of a large matrix product."""
+    size = 8192 if device.type == "cuda" else 512
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / milliseconds(lambda: a @ b, device, 5, 3) * 1e3
+
+
+class Peak:
+    """The most memory while something runs, in bytes, weights included.
+
+    On a GPU what its allocator gave out. On a CPU the process's resident memory at the end, which is no peak: a
+    process does not forget one.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, self.bytes = device, 0
+
+    def __enter__(self):
+        clean(self.device)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        return self
+
+    def __exit__(self, *error):
+        if self.device.type == "cuda":
+            self.bytes = torch.cuda.max_memory_allocated(self.device)
+        else:
+            self.bytes = resident_bytes()
+
+
+def resident_bytes() -> int:
+    """Memory of this process now; 0 where the system does not say (it is not Linux)."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+def clean(device: torch.device) -> None:
+    """Gives back what the last system held."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def relative_error(got: torch.Tensor, expect: torch.Tensor) -> float:
+    """Relative root mean square of a difference; infinite for what is not a number."""
+    got, expect = got.float(), expect.float()
+    error = ((got - expect).norm() / expect.norm().clamp_min(1e-12)).item()
+    return error if error == error else float("inf")
+
+
+def row(system: str, where: dict, measured: Callable[[], dict], device: torch.device) -> dict:
+    """A row of a result. A system that is wrong, or that the memory is too small for, gets its error in place of
+    numbers, and the others go on."""
+    nothing = {"ms": None, "tokens_per_second": None, "peak_bytes": None, "floor_ms": None, "fraction_of_floor": None}
+    try:
+        with Peak(device) as peak:
+            found = measured()
+        floor = found["floor_ms"]
+        numbers = {**found, "peak_bytes": peak.bytes, "fraction_of_floor": floor / found["ms"]}
+        return {"system": system, **where, **{**nothing, **numbers}}
+    except Wrong as error:
+        text = f"wrong: {error}"
+    except (RuntimeError, ValueError, NotImplementedError, AssertionError, TypeError, AttributeError) as error:
+        # What torch.compile or a kernel may throw; the traceback is of no use in a table.
+        memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        text = "out of memory" if memory else f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    finally:
+        clean(device)
+    return {"system": system, **where, **nothing, "error": text}
