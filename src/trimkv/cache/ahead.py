@@ -17,6 +17,7 @@ class Ahead:
         seen: int32 [L, B]; each store's ``seen`` is a row of it.
         next_slot: int32 [L, B, H], where the next token goes: written by the kernels, and found anew where anything
             else has touched a store.
+        kernels: what does the steps.
         slot, now: of the step that is running: [L, B, H], -1 in rows that are not active; [B].
         stale: whether ``next_slot`` must be found anew. A host flag: what changes a store outside of a step is called
             by the host.
@@ -30,6 +31,7 @@ class Ahead:
         self.next_slot = torch.zeros(L, B, H, dtype=torch.int32, device=device)
         self.slot = self.now = None
         self.stale = True
+        self.kernels = self._kernels(layers[0])
         for i, layer in enumerate(layers):
             layer.store.seen = self.seen[i]
             layer.ahead, layer.which = self, i
@@ -39,8 +41,12 @@ class Ahead:
         """Whether the kernels can look ahead for these layers: alike, on one device, by a score known beforehand."""
         first = layers[0]
         same = all(layer.static == first.static for layer in layers)
-        q = k = first.static.empty(1)[0]
-        return same and first.looks_ahead and fused.kernels(q, k, first.static.empty(1)[1]) is not None
+        return same and first.looks_ahead and Ahead._kernels(first) is not None
+
+    @staticmethod
+    def _kernels(layer: BoundedLayer):
+        k, v = layer.static.empty(1)
+        return fused.kernels(k, k, v)
 
     def begin(self, real_B1: torch.Tensor | None) -> None:
         """Starts a step: rows that are not real write nothing and see nothing."""
@@ -50,6 +56,7 @@ class Ahead:
             self.slot = self.next_slot.clone()
             self.seen += 1
         else:
+            real_B1 = real_B1.to(self.seen.device)
             self.slot = self.next_slot.masked_fill(~real_B1, -1)
             self.seen += real_B1[:, 0]
 

@@ -344,11 +344,10 @@ class BoundedLayer(CacheLayerMixin):
     def _decode_ahead(self, q, k, v, log_beta) -> torch.Tensor:
         """A decode step of a static cache that knows where its tokens go: the kernel is all there is to do."""
         ahead, i = self.ahead, self.which
-        kernels = fused.kernels(q, k, v)
         self._open()
         self.peak_decode_tokens = max(self.peak_decode_tokens, self.count)
         got = self._run_kernel(
-            kernels,
+            ahead.kernels,
             *(q, k, v, log_beta, ahead.slot[i], ahead.now),
             score=self.policy.search,
             next_slot_BH=ahead.next_slot[i],
