@@ -91,6 +91,7 @@ def step(run: Run) -> Iterator[dict]:
     batches = (4, 8, 64)
     yield from _decode(run, batches, "trimkv", (long,), True)
     yield from _decode(run, batches, "full", (M - ROOM,), True)
+    yield from _decode(run, (4, 64), "trimkv", (long,), True, overlap=True)
     yield from _decode(run, (4,), "trimkv", (long,), False)
     yield from _decode(run, (4,), "full", (long,), True)
 
@@ -100,10 +101,12 @@ def flat(run: Run) -> Iterator[dict]:
     yield from _decode(run, (4,), "trimkv", (1_000, 100_000, 1_000_000), True)
 
 
-def _decode(run: Run, batches: tuple, system: str, contexts: tuple, compile: bool) -> Iterator[dict]:
-    given = decode.Options(contexts, batches, run.args.budget, (system,), STEPS, REPEAT, compile)
+def _decode(
+    run: Run, batches: tuple, system: str, contexts: tuple, compile: bool, overlap: bool = False
+) -> Iterator[dict]:
+    given = decode.Options(contexts, batches, run.args.budget, (system,), STEPS, REPEAT, compile, overlap)
     for row in decode.measure(run.model, given, run.bandwidth):
-        yield {**row, "compile": compile}
+        yield {**row, "compile": compile, "overlap": overlap}
 
 
 def prompt(run: Run) -> Iterator[dict]:

@@ -230,6 +230,13 @@ def test_a_decode_step_object_is_a_plain_step(model):
             for cache in caches:
                 cache.clear_rows(0)
     assert [kept(caches[0], row) for row in (0, 1)] == [kept(caches[1], row) for row in (0, 1)]
+    compiled, plain = (trimkv.bounded_cache(model, "trimkv", 12, rows=2) for _ in range(2))
+    steps = DecodeStep(model, compiled, compile=True), DecodeStep(model, plain)
+    before = [type(module.forward) for module in model.modules()]
+    for t in range(14):
+        got, expect = (one(torch.tensor([5 + t, 9])) for one in steps)
+        torch.testing.assert_close(got, expect, atol=2e-4, rtol=2e-4)
+    assert [type(module.forward) for module in model.modules()] == before, "the model is as it was"
     with pytest.raises(ValueError, match="static"):
         DecodeStep(model, trimkv.bounded_cache(model, "trimkv", 12))
 

@@ -4,6 +4,9 @@ A step is hundreds of small launches, and each costs as much as a good part of a
 needs alike is made once a step: where the new tokens stand, and the slots they go to, which the step before has found.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from . import fused
@@ -18,6 +21,8 @@ class Ahead:
         next_slot: int32 [L, B, H], where the next token goes: written by the kernels, and found anew where anything
             else has touched a store.
         kernels: what does the steps.
+        stream: where gates run while a step is captured, beside the projections, which do not wait for them; None
+            leaves them where they are.
         slot, now: of the step that is running: [L, B, H], -1 in rows that are not active; [B].
         stale: whether ``next_slot`` must be found anew. A host flag: what changes a store outside of a step is called
             by the host.
@@ -31,6 +36,7 @@ class Ahead:
         self.next_slot = torch.zeros(L, B, H, dtype=torch.int32, device=device)
         self.slot = self.now = None
         self.stale = True
+        self.stream: torch.cuda.Stream | None = None
         self.kernels = self._kernels(layers[0])
         for i, layer in enumerate(layers):
             layer.store.seen = self.seen[i]
@@ -59,6 +65,21 @@ class Ahead:
             real_B1 = real_B1.to(self.seen.device)
             self.slot = self.next_slot.masked_fill(~real_B1, -1)
             self.seen += real_B1[:, 0]
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """Work that is not waited for before ``join``."""
+        if self.stream is None:
+            yield
+            return
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            yield
+
+    def join(self) -> None:
+        """Waits, on the device, for what was done beside."""
+        if self.stream is not None:
+            torch.cuda.current_stream().wait_stream(self.stream)
 
     def refresh(self) -> None:
         """Finds the next slots by plain torch if anything but a step has touched the stores."""
