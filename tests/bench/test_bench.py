@@ -10,6 +10,7 @@ import torch
 import trimkv
 from trimkv.bench import attention, decode, fill, measure, models, prefill, shapes
 from trimkv.cli.app import run
+from trimkv.viz.bench import common
 
 CPU = torch.device("cpu")
 KEYS = {"system", "ms", "tokens_per_second", "peak_bytes", "floor_ms", "fraction_of_floor"}
@@ -164,6 +165,12 @@ def test_what_a_person_can_mend_is_one_line(capsys, arguments, words):
     assert run(["bench", *arguments]) == 2
     err = capsys.readouterr().err
     assert words in err and "Traceback" not in err
+
+
+def test_a_figure_shows_where_most_systems_have_numbers():
+    rows = [{"system": "full", "context": 100, "batch": b} for b in (1, 4)]
+    rows += [{"system": "trimkv", "context": c, "batch": b} for c in (100, 1000) for b in (1, 4, 16)]
+    assert common(rows, "context") == ("batch", 4) and common(rows, "batch") == ("context", 100)
 
 
 def test_drawing_a_saved_result_loads_no_torch(tmp_path):

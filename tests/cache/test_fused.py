@@ -115,7 +115,10 @@ def test_what_the_kernel_cannot_score_is_scored_in_torch(monkeypatch):
     assert trimkv.bounded_cache(model, TrimKV(strategy="knorm_alpha"), 12, rows=2).ahead is None
     assert trimkv.bounded_cache(model, "trimkv", Budget(12, buffer=2), rows=2).ahead is None
     assert trimkv.bounded_cache(model, "h2o", 12, rows=2).ahead is None
-    assert trimkv.bounded_cache(model, "trimkv", 12, rows=2).ahead is not None
+    cache = trimkv.bounded_cache(model, "trimkv", 12, rows=2)
+    assert cache.ahead is not None
+    stored = sum(store.nbytes for store in cache.stores)
+    assert cache.nbytes == stored + 2 * 2 * 2 * 4, "where the next token goes, per layer, row and head"
 
 
 def kept(cache):

@@ -38,11 +38,11 @@ def kept(cache):
     ]
 
 
-def serve(model, name, steps, graph):
+def serve(model, name, steps, graph, **how):
     """Rows come, pause and go. Logits of active rows and kept positions of each step."""
     budget = Budget(16, sinks=1, recent=3)
     cache = trimkv.bounded_cache(model, name, budget, chunk=8, rows=3)
-    step = DecodeStep(model, cache) if graph else None
+    step = DecodeStep(model, cache, **how) if graph else None
     text = torch.randperm(900, generator=torch.Generator().manual_seed(1))[: 3 * steps].view(steps, 3).cuda() + 5
     results = []
     for t in range(steps):
@@ -74,6 +74,16 @@ def test_a_replayed_graph_is_a_plain_step(monkeypatch, model, name):
     assert (cache.ahead is not None) == bool(POLICIES[name].search)
     monkeypatch.setattr(fused, "kernels", lambda q, k, v: None)
     _, truth = serve(model, name, 90, graph=False)
+    for t, (a, b) in enumerate(zip(got, truth, strict=True)):
+        torch.testing.assert_close(a[0], b[0], atol=2e-3, rtol=2e-3, msg=lambda text, t=t: f"step {t}: {text}")
+        assert a[1] == b[1], f"step {t} keeps other tokens"
+
+
+@pytest.mark.parametrize("how", [{"compile": True}, {"overlap": True}, {"compile": True, "overlap": True}], ids=str)
+def test_a_faster_graph_is_the_same_step(model, how):
+    """Compiled parts and gates beside the projections."""
+    _, truth = serve(model, "trimkv", 70, graph=True)
+    _, got = serve(model, "trimkv", 70, graph=True, **how)
     for t, (a, b) in enumerate(zip(got, truth, strict=True)):
         torch.testing.assert_close(a[0], b[0], atol=2e-3, rtol=2e-3, msg=lambda text, t=t: f"step {t}: {text}")
         assert a[1] == b[1], f"step {t} keeps other tokens"

@@ -1,5 +1,7 @@
 """Static caches: the same tokens and the same logits as ever, from a step that could be a CUDA graph."""
 
+import shutil
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -232,6 +234,18 @@ def test_a_decode_step_object_is_a_plain_step(model):
     assert [kept(caches[0], row) for row in (0, 1)] == [kept(caches[1], row) for row in (0, 1)]
     with pytest.raises(ValueError, match="static"):
         DecodeStep(model, trimkv.bounded_cache(model, "trimkv", 12))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+def test_compiled_parts_change_the_speed_only(model):
+    compiled, plain = (trimkv.bounded_cache(model, "trimkv", 12, rows=2) for _ in range(2))
+    steps = DecodeStep(model, compiled, compile=True), DecodeStep(model, plain)
+    before = [type(module.forward) for module in model.modules()]
+    for t in range(14):
+        got, expect = (one(torch.tensor([5 + t, 9])) for one in steps)
+        torch.testing.assert_close(got, expect, atol=2e-4, rtol=2e-4)
+    assert [type(module.forward) for module in model.modules()] == before, "the model is as it was"
 
 
 def test_what_cannot_be_static_is_refused(model):

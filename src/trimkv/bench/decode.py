@@ -33,6 +33,7 @@ class Options:
         systems: of SYSTEMS.
         steps: decode steps of one timing; the median of ``repeat`` counts.
         compile: torch.compile for the elementwise parts of our own systems.
+        overlap: gates beside the projections (cache/graph.py).
     """
 
     contexts: tuple[int, ...]
@@ -42,6 +43,7 @@ class Options:
     steps: int = 32
     repeat: int = 3
     compile: bool = False
+    overlap: bool = False
 
 
 @torch.no_grad()
@@ -84,7 +86,7 @@ def _prepared(model, system: str, context: int, batch: int, o: Options):
         policy = SLOTS[system]
         cache = bounded_cache(model, policy, room if policy == "full" else o.budget, rows=batch)
         fill.bounded(cache, context)
-        return DecodeStep(model, cache, compile=o.compile)
+        return DecodeStep(model, cache, compile=o.compile, overlap=o.overlap)
     _stock(model)
     if system == "stock-dynamic":
         return _stepper(model, fill.dynamic(model, batch, context))
@@ -143,7 +145,7 @@ def _gate(model, system: str, o: Options) -> tuple[torch.Tensor, torch.Tensor]:
         static = bounded_cache(model, "trimkv", M, rows=2)
         for b in range(2):
             static.copy_row(read[0], b, b)
-        step = DecodeStep(model, static, compile=o.compile)
+        step = DecodeStep(model, static, compile=o.compile, overlap=o.overlap)
         got = torch.stack([step(token).clone() for token in rest])
         with fused.plain_torch():
             plain = [model(token[:, None], past_key_values=read[1]).logits[:, -1] for token in rest]
@@ -159,5 +161,5 @@ def _gate(model, system: str, o: Options) -> tuple[torch.Tensor, torch.Tensor]:
     else:
         cache = bounded_cache(model, "full", GATE_PROMPT + GATE_STEPS, rows=2)
         prefill(model, cache, prompt, chunk=16)
-        step = DecodeStep(model, cache, compile=o.compile)
+        step = DecodeStep(model, cache, compile=o.compile, overlap=o.overlap)
     return torch.stack([step(token).clone() for token in rest]), expect

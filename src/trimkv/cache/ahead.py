@@ -4,6 +4,9 @@ A step is hundreds of small launches, and each costs as much as a good part of a
 needs alike is made once a step: where the new tokens stand, and the slots they go to, which the step before has found.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from . import fused
@@ -17,6 +20,9 @@ class Ahead:
         seen: int32 [L, B]; each store's ``seen`` is a row of it.
         next_slot: int32 [L, B, H], where the next token goes: written by the kernels, and found anew where anything
             else has touched a store.
+        kernels: what does the steps.
+        stream: where gates run while a step is captured, beside the projections, which do not wait for them; None
+            leaves them where they are.
         slot, now: of the step that is running: [L, B, H], -1 in rows that are not active; [B].
         stale: whether ``next_slot`` must be found anew. A host flag: what changes a store outside of a step is called
             by the host.
@@ -30,6 +36,8 @@ class Ahead:
         self.next_slot = torch.zeros(L, B, H, dtype=torch.int32, device=device)
         self.slot = self.now = None
         self.stale = True
+        self.stream: torch.cuda.Stream | None = None
+        self.kernels = self._kernels(layers[0])
         for i, layer in enumerate(layers):
             layer.store.seen = self.seen[i]
             layer.ahead, layer.which = self, i
@@ -39,8 +47,12 @@ class Ahead:
         """Whether the kernels can look ahead for these layers: alike, on one device, by a score known beforehand."""
         first = layers[0]
         same = all(layer.static == first.static for layer in layers)
-        q = k = first.static.empty(1)[0]
-        return same and first.looks_ahead and fused.kernels(q, k, first.static.empty(1)[1]) is not None
+        return same and first.looks_ahead and Ahead._kernels(first) is not None
+
+    @staticmethod
+    def _kernels(layer: BoundedLayer):
+        k, v = layer.static.empty(1)
+        return fused.kernels(k, k, v)
 
     def begin(self, real_B1: torch.Tensor | None) -> None:
         """Starts a step: rows that are not real write nothing and see nothing."""
@@ -50,8 +62,24 @@ class Ahead:
             self.slot = self.next_slot.clone()
             self.seen += 1
         else:
+            real_B1 = real_B1.to(self.seen.device)
             self.slot = self.next_slot.masked_fill(~real_B1, -1)
             self.seen += real_B1[:, 0]
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """Work that is not waited for before ``join``."""
+        if self.stream is None:
+            yield
+            return
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            yield
+
+    def join(self) -> None:
+        """Waits, on the device, for what was done beside."""
+        if self.stream is not None:
+            torch.cuda.current_stream().wait_stream(self.stream)
 
     def refresh(self) -> None:
         """Finds the next slots by plain torch if anything but a step has touched the stores."""

@@ -126,7 +126,8 @@ class BoundedCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes held between two forwards by all layers."""
-        return sum(store.nbytes for store in self.stores) + self._other_bytes
+        ahead = self.ahead.next_slot.nbytes if self.ahead is not None else 0
+        return sum(store.nbytes for store in self.stores) + ahead + self._other_bytes
 
     @property
     def peak_bytes(self) -> int:

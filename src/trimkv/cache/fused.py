@@ -11,7 +11,7 @@ _off = False
 
 @contextmanager
 def plain_torch() -> Iterator[None]:
-    """Within it, caches are served by plain torch, and those made within it stay so: to compare with."""
+    """Within it, plain torch serves: to compare with. A static cache keeps what it was made with."""
     global _off
     before, _off = _off, True
     try:

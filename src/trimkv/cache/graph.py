@@ -20,12 +20,13 @@ class DecodeStep:
         cache: a static one. What it holds is not touched.
         compile: also torch.compile for the small parts between matrix products (compiled.py). Half a minute's wait
             once, then a fraction of the launches.
+        overlap: let gates run beside the projections, as a branch of the graph.
 
     Raises:
         ValueError: a cache that is not static.
     """
 
-    def __init__(self, model, cache: BoundedCache, compile: bool = False):
+    def __init__(self, model, cache: BoundedCache, compile: bool = False, overlap: bool = False):
         if not cache.static:
             raise ValueError("a decode step for ever needs a static cache: make one with bounded_cache(..., rows=R)")
         self.model, self.cache, self.compile = model, cache, compile
@@ -34,7 +35,13 @@ class DecodeStep:
         self.active = torch.zeros(rows, 1, dtype=torch.bool, device=device)
         self.logits = self.graph = None
         if device.type == "cuda":
-            self._capture()
+            if overlap and cache.ahead is not None:
+                cache.ahead.stream = torch.cuda.Stream(device)
+            try:
+                self._capture()
+            finally:
+                if cache.ahead is not None:
+                    cache.ahead.stream = None
 
     @torch.no_grad()
     def __call__(self, token_B: torch.Tensor, active_B: torch.Tensor | None = None) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """The transformers cache layer over a slot store."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
@@ -81,8 +83,12 @@ class BoundedLayer(CacheLayerMixin):
     # What the hooks leave for the forward that is about to run.
 
     def stage_log_beta(self, log_beta_BHT: torch.Tensor) -> None:
-        """Takes the retention of the tokens to come, [B, H, T], before their keys arrive."""
+        """Takes the retention of the tokens to come, [B, H, T], before their keys arrive; made within ``beside``."""
         self.log_beta = log_beta_BHT
+
+    def beside(self) -> AbstractContextManager:
+        """Where a gate's hook computes: nothing waits for it before attention does."""
+        return nullcontext() if self.ahead is None else self.ahead.beside()
 
     def stage_padding(self, real_BT: torch.Tensor | None) -> None:
         """Takes which of the tokens to come are real (True) and which are padding; None if all are real."""
@@ -344,11 +350,11 @@ class BoundedLayer(CacheLayerMixin):
     def _decode_ahead(self, q, k, v, log_beta) -> torch.Tensor:
         """A decode step of a static cache that knows where its tokens go: the kernel is all there is to do."""
         ahead, i = self.ahead, self.which
-        kernels = fused.kernels(q, k, v)
+        ahead.join()
         self._open()
         self.peak_decode_tokens = max(self.peak_decode_tokens, self.count)
         got = self._run_kernel(
-            kernels,
+            ahead.kernels,
             *(q, k, v, log_beta, ahead.slot[i], ahead.now),
             score=self.policy.search,
             next_slot_BH=ahead.next_slot[i],

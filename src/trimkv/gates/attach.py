@@ -1,6 +1,7 @@
 """Puts gates on a stock transformers model and takes them off again."""
 
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -85,7 +86,7 @@ def _stage_log_beta(module, args, kwargs):
     if gate.reads_keys or "log_beta" not in getattr(getattr(layer, "policy", None), "needs", ()):
         return
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    with torch.no_grad():
+    with torch.no_grad(), getattr(layer, "beside", nullcontext)():
         layer.stage_log_beta(gate(hidden.to(gate.bias.device)))
 
 

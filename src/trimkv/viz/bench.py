@@ -9,7 +9,8 @@ def draw(result: dict, path: str | Path) -> None:
     """Draws a result of ``trimkv bench`` into a file, whose ending says of what kind it is.
 
     One panel for each of: tokens/s against context, memory against context, tokens/s against batch. What does not vary
-    in the result has no panel; dotted lines are floors.
+    in the result has no panel. The other of context and batch is the largest at which most systems have a number.
+    Dotted lines are floors.
 
     Args:
         result: rows with system, context, batch, tokens_per_second, floor_ms, peak_bytes; shape, dtype, device.
@@ -19,7 +20,7 @@ def draw(result: dict, path: str | Path) -> None:
         OSError: the file cannot be written.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullFormatter, NullLocator
+    from matplotlib.ticker import NullFormatter, NullLocator, ScalarFormatter
 
     rows = [row for row in result["rows"] if row["ms"] is not None]
     panels = [
@@ -35,19 +36,26 @@ def draw(result: dict, path: str | Path) -> None:
         axes = figure.add_subplot(1, len(panels), place + 1, xscale="log", yscale="log")
         floors = value == "tokens_per_second"
         labels = {"tokens_per_second": "tokens per second", "peak_bytes": "peak memory, GB"}
-        axes.set(xlabel={"context": "context (tokens)", "batch": "batch (rows)"}[axis], ylabel=labels[value])
+        other, number = common(rows, axis)
+        words = {"context": "context (tokens)", "batch": "batch (rows)"}
+        axes.set(xlabel=words[axis], ylabel=labels[value], title=f"{other} {number:,}")
         for i, name in enumerate(names):
             look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "linewidth": 1.2}
             look = OURS if name == "trimkv" else look
-            for points, floor in lines(rows, name, axis, value):
-                first = name if name not in axes.get_legend_handles_labels()[1] else None
-                axes.plot(*zip(*points, strict=True), label=first, **look)
-                if floors:
-                    axes.plot(*zip(*floor, strict=True), color=look["color"], linestyle=":", linewidth=1)
+            mine = [row for row in rows if (row["system"], row[other]) == (name, number)]
+            mine.sort(key=lambda row: row[axis])
+            x = [row[axis] for row in mine]
+            axes.plot(x, [row[value] * (1 if floors else 1e-9) for row in mine], label=name, **look)
+            if floors:
+                best = [row["tokens_per_second"] / row["fraction_of_floor"] for row in mine]
+                axes.plot(x, best, color=look["color"], linestyle=":", linewidth=1)
         ticks = sorted({row[axis] for row in rows})
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=30)
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_minor_formatter(NullFormatter())
+        if not floors:
+            axes.yaxis.set_major_formatter(ScalarFormatter())
+            axes.yaxis.set_minor_formatter(ScalarFormatter())
         axes.grid(which="major", linewidth=0.5, color="0.85")
         axes.set_axisbelow(True)
         if not place:
@@ -56,16 +64,8 @@ def draw(result: dict, path: str | Path) -> None:
     figure.savefig(path)
 
 
-def lines(rows: list[dict], system: str, axis: str, value: str) -> list[tuple[list, list]]:
-    """A system's lines of at least two points: (points, their floors), one for each number of the other axis."""
+def common(rows: list[dict], axis: str) -> tuple[str, int]:
+    """The other axis, and its largest value at which most systems have numbers."""
     other = "batch" if axis == "context" else "context"
-    mine = [row for row in rows if row["system"] == system]
-    found = []
-    for number in dict.fromkeys(row[other] for row in mine):
-        part = sorted((row for row in mine if row[other] == number), key=lambda row: row[axis])
-        if len(part) > 1:
-            scale = 1e-9 if value == "peak_bytes" else 1
-            points = [(row[axis], row[value] * scale) for row in part]
-            best = [(row[axis], row["tokens_per_second"] * row["ms"] / row["floor_ms"]) for row in part]
-            found.append((points, best))
-    return found
+    systems = {number: {row["system"] for row in rows if row[other] == number} for number in {r[other] for r in rows}}
+    return other, max(systems, key=lambda number: (len(systems[number]), number))
