@@ -102,6 +102,6 @@ def test_interpreted_kernels_give_the_same_curve(stage, tmp_path, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("stage", ["decay", "eviction"])
-@pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-3), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-3), (torch.bfloat16, 2e-2)])
 def test_a_hundred_steps_on_a_gpu(stage, dtype, limit, tmp_path, monkeypatch):
     assert largest_difference(512, 100, stage, tmp_path, monkeypatch, device="cuda", dtype=dtype) < limit

@@ -55,7 +55,8 @@ class Student(nn.Module):
         if config.compile:
             for layer in model.get_decoder().layers:
                 layer.compile(dynamic=False)  # all but attention and gates, which are kernels already
-        self.teaching, self.start, self.log_beta = False, None, {}
+        self.teaching, self.start = False, None
+        self.log_beta, self.collecting = {}, False  # of each layer, from the student's forward pass
         self.budget_B, self.temperature_now, self.temperature = None, None, config.temperatures[0]
         self.captured: CapturedStep | None = None
         self.draws = torch.Generator()
@@ -70,6 +71,7 @@ class Student(nn.Module):
             hook.remove()
         for module in self.modules_with_gates:
             module.__dict__.pop("student", None)
+            module.__dict__.pop("student_log_beta", None)
             dtype = next(p.dtype for name, p in module.named_parameters() if "retention_gate" not in name)
             module.retention_gate.to(dtype if dtype.is_floating_point else None).requires_grad_(False)
         self.model.gradient_checkpointing_disable()
@@ -118,9 +120,9 @@ class Student(nn.Module):
         self.teaching = True
         with torch.no_grad():
             teacher = decoder(**inputs).last_hidden_state
-        self.teaching, self.log_beta = False, {}
+        self.teaching, self.log_beta, self.collecting = False, {}, True
         student = decoder(**inputs).last_hidden_state
-        # In layer order; a recomputation in backward writes the same values again.
+        self.collecting = False  # what is recomputed in backward would hold its graph
         sums = retention_sum(torch.cat([self.log_beta[i] for i in sorted(self.log_beta)], 1), start)
         weight = None if budget_B is None else (budget_B / 128) ** settings.budget_power
         kinds = settings.losses
@@ -147,7 +149,7 @@ class Student(nn.Module):
 def _take_hidden_states(module, args, kwargs):
     student = module.__dict__["student"]
     if not student.teaching and not module.retention_gate.reads_keys:
-        student.log_beta[module.layer_idx] = module.retention_gate(kwargs["hidden_states"])
+        module.__dict__["student_log_beta"] = module.retention_gate(kwargs["hidden_states"])
 
 
 @torch.compiler.disable
@@ -159,10 +161,11 @@ def _attention(module, query, key, value, mask, dropout=0.0, scaling=None, softc
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if student.teaching:
         log_beta = key.new_zeros(key.shape[:3], dtype=torch.float32)
-    elif module.retention_gate.reads_keys:
-        log_beta = student.log_beta[module.layer_idx] = module.retention_gate(key, value)
     else:
-        log_beta = student.log_beta[module.layer_idx]
+        reads_keys = module.retention_gate.reads_keys
+        log_beta = module.retention_gate(key, value) if reads_keys else module.__dict__.pop("student_log_beta")
+        if student.collecting:
+            student.log_beta[module.layer_idx] = log_beta
     if student.budget_B is not None and not student.teaching:
         if softcap is not None or s_aux is not None:
             raise ValueError("the eviction stage does not know softcap and attention sinks; use stage decay")
