@@ -195,7 +195,7 @@ class Engine:
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         progress: bool = True,
     ) -> list[Request]:
@@ -209,6 +209,8 @@ class Engine:
             ValueError: as for ``add``, before anything runs.
             KeyboardInterrupt: between two steps, so that other requests and the engine go on.
         """
+        if isinstance(prompts, str):
+            raise ValueError("generate takes a list of prompts, and this is one text: put it into a list")
         if isinstance(params, SamplingParams) or params is None:
             params = [params or SamplingParams()] * len(prompts)
         if len(params) != len(prompts):
@@ -420,6 +422,8 @@ class Engine:
             if self.tokenizer is None:
                 raise ValueError("a prompt that is text needs a tokenizer: Engine(..., tokenizer=...), or token ids")
             return self.tokenizer(prompt)["input_ids"]
+        if isinstance(prompt, int):
+            raise ValueError("a prompt is text or a list of token ids, and this is one number")
         ids = prompt.flatten().tolist() if isinstance(prompt, torch.Tensor) else list(prompt)
         if any(isinstance(token, bool) or not isinstance(token, int) for token in ids):
             raise ValueError("a prompt is text, or whole numbers: token ids")
