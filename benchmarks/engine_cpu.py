@@ -39,7 +39,7 @@ def main():
     parser.add_argument("--prompts", type=int, nargs="+", default=[32, 64, 96, 128, 160, 200, 300, 400])
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--budget", type=int, default=256)
-    parser.add_argument("--chunk", type=int, default=64)
+    parser.add_argument("--chunk", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--policy", default="trimkv")
     args = parser.parse_args()

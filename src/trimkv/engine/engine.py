@@ -93,7 +93,7 @@ class Engine:
         self._ends = _end_tokens(model, tokenizer)
         self._running: list[Request | None] = [None] * rows
         self._reading: Request | None = None  # the request whose prompt is in the staging row
-        self._fed = 0  # tokens of it that are there
+        self._fed: int | None = None  # tokens of it that are there; None before the first chunk
         self._waiting: deque[Request] = deque()
         self._requests: dict[int, Request] = {}
         self._ids = itertools.count()
@@ -244,7 +244,7 @@ class Engine:
         """
         with self._stepping:
             if self._closed:
-                raise RuntimeError("the engine is closed")
+                return False
             try:
                 self._sweep()
                 self._read_prompt()
@@ -299,13 +299,14 @@ class Engine:
 
     def _read_prompt(self) -> None:
         """A chunk of the prompt that is being read, or of the next one if a row is free for it."""
-        request = self._reading or self._next()
+        if self._reading is None:
+            self._reading, self._fed = self._next(), None
+        request = self._reading
         if request is None:
             return
         try:
-            if self._reading is None:
+            if self._fed is None:
                 self._fed = request.reused_tokens = self.runner.begin(request)
-                self._reading = request
             end = min(self._fed + self.runner.chunk, len(request.prompt))
             whole = end == len(request.prompt)
             logits = self.runner.read(self._fed, end, more=not whole or request.is_prefix)
