@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trimkv
 from trimkv import embedded
+from trimkv.cache.graph import DecodeStep
 from trimkv.cache.policies import POLICIES, Policy, make
 from trimkv.gates.head_sets import attach_heads
 from trimkv.texts import read_texts
@@ -126,31 +127,61 @@ class Writer:
         return ids
 
 
+class Growing:
+    """One token per row through a cache whose rows may be padded: what ``DecodeStep`` is for a static one."""
+
+    def __init__(self, model, cache, seen: int, rows: int):
+        self.model, self.cache = model, cache
+        self.mask = torch.ones(rows, seen, dtype=torch.int64, device=model.device)
+
+    def __call__(self, token_B: torch.Tensor, real_B: torch.Tensor) -> torch.Tensor:
+        self.mask = torch.cat([self.mask, real_B[:, None]], 1)
+        position = (self.mask.sum(-1, keepdim=True) - 1).clamp_min(0)
+        return self.model(
+            input_ids=token_B[:, None],
+            attention_mask=self.mask,
+            position_ids=position,
+            past_key_values=self.cache,
+            use_cache=True,
+        ).logits[:, -1]
+
+
+def recorded_step(model, policy, budget: int | None, rows: int) -> DecodeStep | None:
+    """On a GPU: a decode step as a CUDA graph, for policies that hold a fixed number of slots."""
+    if model.device.type != "cuda" or not policy.bounded or policy.grows or policy.selects:
+        return None
+    return DecodeStep(model, trimkv.bounded_cache(model, policy, budget, rows=rows), masked=True)
+
+
 @torch.inference_mode()
-def answers(model, tokenizer, cache, samples: list[Sample], chunk: int) -> list[str]:
-    """Reads the contexts into the cache, copies each row once per question, asks. Returns the answers' texts."""
+def answers(model, tokenizer, cache, samples: list[Sample], chunk: int, step: DecodeStep | None = None) -> list[str]:
+    """Reads the contexts into the cache, copies each row once per question, asks. Returns the answers' texts.
+
+    Args:
+        step: takes over the copies, if there is one.
+    """
     device = model.device
     ids = torch.tensor([sample.ids for sample in samples], device=device)
     trimkv.prefill(model, cache, ids, chunk=chunk)
     per_context = len(samples[0].questions)
-    cache.batch_repeat_interleave(per_context)
     questions = [(q, a) for sample in samples for q, a, _ in sample.questions]
+    if step is None:
+        cache.batch_repeat_interleave(per_context)
+        feed = Growing(model, cache, ids.shape[1], len(questions))
+    else:
+        feed = step
+        step.cache.reset()
+        for row in range(len(questions)):
+            step.cache.copy_row(cache, row // per_context, row)
     width = max(len(q) for q, _ in questions)
-    padded = [[tokenizer.eos_token_id] * (width - len(q)) + q for q, _ in questions]
-    real = [[0] * (width - len(q)) + [1] * len(q) for q, _ in questions]
-    mask = torch.tensor(real, device=device)
-    mask = torch.cat([mask.new_ones(len(questions), ids.shape[1]), mask], 1)
-    new = trimkv.prefill(model, cache, torch.tensor(padded, device=device), mask, chunk=1).argmax(-1, keepdim=True)
-    out = [new]
+    padded = torch.tensor([[tokenizer.eos_token_id] * (width - len(q)) + q for q, _ in questions], device=device)
+    real = torch.tensor([[0] * (width - len(q)) + [1] * len(q) for q, _ in questions], device=device)
+    for t in range(width):
+        logits = feed(padded[:, t], real[:, t])
+    out = [logits.argmax(-1)]
     for _ in range(1 + max(len(tokenizer(f" {a}", add_special_tokens=False).input_ids) for _, a in questions)):
-        mask = torch.cat([mask, mask.new_ones(len(questions), 1)], 1)
-        position = mask.sum(-1, keepdim=True) - 1
-        logits = model(
-            input_ids=new, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
-        ).logits
-        new = logits[:, -1].argmax(-1, keepdim=True)
-        out.append(new)
-    return tokenizer.batch_decode(torch.cat(out, 1), skip_special_tokens=True)
+        out.append(feed(out[-1], torch.ones_like(out[-1])).argmax(-1))
+    return tokenizer.batch_decode(torch.stack(out, 1), skip_special_tokens=True)
 
 
 def right(answer: str, value: str) -> bool:
@@ -176,16 +207,19 @@ class Cell:
 
 
 def measure(model, tokenizer, samples: list[Sample], policy, budget: int | None, args, task: str, length: int) -> Cell:
-    start, marks, shown, cache, rows = time.perf_counter(), [], [], None, 0
+    start, marks, shown, cache, rows, step = time.perf_counter(), [], [], None, 0, None
     for first in range(0, len(samples), args.batch):
         batch = samples[first : first + args.batch]
         cache = trimkv.bounded_cache(model, policy, budget or 1, chunk=args.chunk)
-        texts = iter(answers(model, tokenizer, cache, batch, args.chunk))
+        if rows != len(batch) * len(batch[0].questions):
+            step = recorded_step(model, policy, budget, len(batch) * len(batch[0].questions))
+        texts = iter(answers(model, tokenizer, cache, batch, args.chunk, step))
         for _, value, depth in (question for sample in batch for question in sample.questions):
             text = next(texts)
             marks.append((right(text, value), depth))
             shown.append([value, text])
         rows = len(batch) * len(batch[0].questions)
+    held = cache if step is None else step.cache
     quarters = [[ok for ok, depth in marks if int(min(depth, 0.999) * 4) == quarter] for quarter in range(4)]
     return Cell(
         task=task,
@@ -196,8 +230,8 @@ def measure(model, tokenizer, samples: list[Sample], policy, budget: int | None,
         samples=len(marks),
         by_depth=[round(sum(q) / len(q), 3) if q else None for q in quarters],
         peak_prefill_tokens_per_head=cache.peak_prefill_tokens,
-        peak_decode_tokens_per_head=cache.peak_decode_tokens,
-        cache_bytes_per_sequence=cache.nbytes // rows,
+        peak_decode_tokens_per_head=held.peak_decode_tokens,
+        cache_bytes_per_sequence=held.nbytes // rows,
         seconds=round(time.perf_counter() - start, 1),
         first_answers=shown[:4],
     )

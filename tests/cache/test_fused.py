@@ -66,8 +66,10 @@ def check_layer(monkeypatch, kernels, policy, budget, G, lengths, pads, softcap=
     k, v = (torch.randn(len(pads), H, T, D, generator=g) for _ in range(2))
     given = q, k, v, -torch.rand(len(pads), H, T, generator=g) * 0.1
     how = D**-0.5, softcap, torch.randn(H * G, generator=g) if sink else None
-    results, calls, decode = [], [], slots_triton.decode
+    results, calls = [], []
+    decode, attend_chunk = slots_triton.decode, slots_triton.attend_chunk
     monkeypatch.setattr(slots_triton, "decode", lambda *a, **o: calls.append(o) or decode(*a, **o))
+    monkeypatch.setattr(slots_triton, "attend_chunk", lambda *a, **o: calls.append(o) or attend_chunk(*a, **o))
     for choose in (plain, kernels):
         monkeypatch.setattr(fused, "kernels", choose)
         layer = BoundedLayer(policy, budget, 8, 0)
@@ -91,6 +93,9 @@ def test_a_layer_keeps_and_gives_the_same(monkeypatch, name, G, buffer):
     budget = Budget(12, buffer=buffer, sinks=2, recent=4)
     lengths = [5] + [1] * 40 + [9] + [1] * 40
     calls = check_layer(monkeypatch, forced, make(name), budget, G, lengths, [0, 3, 0], softcap=3.0, sink=G > 1)
+    chunks = sum("score" not in call for call in calls)
+    calls = [call for call in calls if "score" in call]
+    assert chunks == (2 if POLICIES[name].needs <= {"log_beta"} else 0)
     searched = sum(call["score"] != "none" for call in calls)
     assert searched == 0 if buffer or not POLICIES[name].search or name == "full" else searched > 60
     check_layer(monkeypatch, forced, make(name), budget, G, [20] + [1] * 30, [0])
@@ -104,7 +109,7 @@ def test_the_released_distance_is_followed(monkeypatch):
 @not_interpreted
 def test_what_the_kernel_cannot_score_is_scored_in_torch(monkeypatch):
     calls = check_layer(monkeypatch, forced, TrimKV(strategy="knorm_alpha"), Budget(12), 2, [5] + [1] * 40, [0, 2])
-    assert {call["score"] for call in calls} == {"none"}
+    assert {call.get("score") for call in calls} == {"none"}
     monkeypatch.setattr(fused, "kernels", forced)
     model = tiny.gated("llama", num_hidden_layers=2)
     assert trimkv.bounded_cache(model, TrimKV(strategy="knorm_alpha"), 12, rows=2).ahead is None
@@ -179,7 +184,7 @@ def test_a_replayed_step_needs_nothing_from_the_host(monkeypatch, models):
     token = torch.tensor([[5], [6]])
     found = []
     find = BoundedLayer.find_slot
-    monkeypatch.setattr(BoundedLayer, "find_slot", lambda self: found.append(self.place) or find(self))
+    monkeypatch.setattr(BoundedLayer, "find_slot", lambda self: found.append(self.which) or find(self))
     next_slot, seen = cache.ahead.next_slot.data_ptr(), cache.seen.data_ptr()
     with torch.no_grad():
         for _ in range(3):

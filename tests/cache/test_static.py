@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tiny
 import trimkv
 from trimkv.budget import Budget, bytes_per_sequence
+from trimkv.cache.graph import DecodeStep
 from trimkv.cache.policies import POLICIES
 
 NAMES = [name for name, cls in POLICIES.items() if not cls.selects]
@@ -214,6 +215,23 @@ def test_bytes_are_known_before_and_are_all_there(name, dtype):
     for _ in range(40):
         step(model, cache, torch.randint(3, 100, (rows,)))
     assert cache.nbytes == before
+
+
+def test_a_decode_step_object_is_a_plain_step(model):
+    """The same loop runs with a graph on a GPU and without one here."""
+    caches = [trimkv.bounded_cache(model, "trimkv", 12, chunk=8, rows=2) for _ in range(2)]
+    run = DecodeStep(model, caches[0])
+    for t in range(30):
+        token, active = torch.tensor([5 + t, 9]), torch.tensor([True, t % 3 == 0])
+        got = run(token, None if t % 2 else active)
+        expect = step(model, caches[1], token, None if t % 2 else active)
+        torch.testing.assert_close(got, expect)
+        if t == 20:
+            for cache in caches:
+                cache.clear_rows(0)
+    assert [kept(caches[0], row) for row in (0, 1)] == [kept(caches[1], row) for row in (0, 1)]
+    with pytest.raises(ValueError, match="static"):
+        DecodeStep(model, trimkv.bounded_cache(model, "trimkv", 12))
 
 
 def test_what_cannot_be_static_is_refused(model):

@@ -32,7 +32,7 @@ class Ahead:
         self.stale = True
         for i, layer in enumerate(layers):
             layer.store.seen = self.seen[i]
-            layer.ahead, layer.place = self, i
+            layer.ahead, layer.which = self, i
 
     @staticmethod
     def possible(layers: list[BoundedLayer]) -> bool:

@@ -48,7 +48,7 @@ class BoundedLayer(CacheLayerMixin):
         self.recent = budget.recent or min(int(policy.recent_share * budget.tokens), budget.tokens - self.sinks - 1)
         self.store: SlotStore | None = None
         self.static: Keys | None = None  # what was allocated beforehand
-        self.ahead, self.place = None, 0  # what a static cache's layers have in common (ahead.py), and which of them
+        self.ahead, self.which = None, 0  # what a static cache's layers have in common (ahead.py), and which of them
         self.peak_prefill_tokens = self.peak_decode_tokens = self.transient_bytes = 0
         self._forget()
 
@@ -343,7 +343,7 @@ class BoundedLayer(CacheLayerMixin):
 
     def _decode_ahead(self, q, k, v, log_beta) -> torch.Tensor:
         """A decode step of a static cache that knows where its tokens go: the kernel is all there is to do."""
-        ahead, i = self.ahead, self.place
+        ahead, i = self.ahead, self.which
         kernels = fused.kernels(q, k, v)
         self._open()
         self.peak_decode_tokens = max(self.peak_decode_tokens, self.count)
@@ -390,11 +390,18 @@ class BoundedLayer(CacheLayerMixin):
         """A chunk: its tokens attend to the kept slots and to each other, then the best M of all are kept."""
         self._touched()
         store, n, T = self.store, self.store.used, new.k.shape[2]
-        together = store.view().with_new(new) if n else new
+        kernels = fused.kernels(new.q, new.k, new.v) if self.policy.needs <= {"log_beta"} else None
+        together = store.view().with_new(new, keys=kernels is None) if n else new
         self.peak_prefill_tokens = max(self.peak_prefill_tokens, self.count + T)
         if n:
-            self.transient_bytes = max(self.transient_bytes, together.nbytes)
+            # Without a copy of all keys and values, those that stay are gathered, keys first.
+            gathered = 0 if kernels is None else 3 * min(n + T, store.capacity) * new.k[:, :, 0].nbytes
+            self.transient_bytes = max(self.transient_bytes, together.nbytes + gathered)
         store.advance(T, real)
+        if kernels is not None:
+            out = self._attend_fused(kernels, new)
+            self._keep(together, new)
+            return out
         mask = None
         if "attention" not in self.policy.needs:
             if self._any_empty:
@@ -403,6 +410,19 @@ class BoundedLayer(CacheLayerMixin):
                 mask = attention.causal_mask(T, n + T, new.k.device)
         out = self._attend(together, new, real, mask)
         self._keep(together, new)
+        return out
+
+    def _attend_fused(self, kernels, new: NewTokens) -> torch.Tensor:
+        """A chunk's queries over the slots and the chunk, where both lie."""
+        store, facts = self.store, self.facts
+        how = facts.scaling, facts.softcap, facts.s_aux
+        if not store.used and not self._any_empty and facts.softcap is None and facts.s_aux is None:
+            return attention.attend_causal(new.q, new.k, new.v, *how)  # flash attention is the faster one
+        new_position = new.position[:, 0]
+        held = store.k, store.v, store.position
+        out, _ = kernels.attend_chunk(
+            new.q, new.k, new.v, new_position, *held, *how, used=store.used, any_empty=self._any_empty
+        )
         return out
 
     def _attend(self, slots: Slots, new: NewTokens, real, mask) -> torch.Tensor:
@@ -430,7 +450,7 @@ class BoundedLayer(CacheLayerMixin):
         """Brings what a chunk attended to back into the slots."""
         store, M, T = self.store, self.budget.tokens, new.k.shape[2]
         limit = max(self.budget.slots - 1, M)  # the most that may stay until the next forward
-        total = together.k.shape[2]
+        total = together.position.shape[2]
         if total <= limit or not (self.policy.bounded or self.static):
             if self.policy.observes:  # the copy's state has learned what the store's has not
                 for name, t in store.view().state.items():
@@ -449,7 +469,7 @@ class BoundedLayer(CacheLayerMixin):
             over = (together.position >= 0).sum(-1, keepdim=True) > limit
             beyond_M = torch.arange(num, device=index.device) >= M
             position = position.masked_fill(over & beyond_M, NO_TOKEN)
-        store.replace(together, index, position)
+        store.replace(new, together.state, index, position)
         self.count = min(self.count + T, num)
 
     def _score(self, slots: Slots, arriving: int = 0) -> torch.Tensor:

@@ -68,15 +68,16 @@ class Slots:
         """bool [B, H, S]: which hold a token."""
         return self.position >= 0
 
-    def with_new(self, new: "Slots") -> "Slots":
-        """These slots followed by new tokens (a copy, for the time of one chunk)."""
+    def with_new(self, new: "Slots", keys: bool = True) -> "Slots":
+        """These slots followed by new tokens (a copy, for the time of one chunk), with or without keys and values."""
         state = {name: torch.cat([old, new.state[name]], 2) for name, old in self.state.items()}
-        k, v = torch.cat([self.k, new.k], 2), torch.cat([self.v, new.v], 2)
+        k = torch.cat([self.k, new.k], 2) if keys else None
+        v = torch.cat([self.v, new.v], 2) if keys else None
         return Slots(k, v, torch.cat([self.position, new.position], 2), state, self.layer, self.rows)
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.k, self.v, self.position, *self.state.values()))
+        return sum(t.nbytes for t in (self.k, self.v, self.position, *self.state.values()) if t is not None)
 
 
 @dataclass
@@ -203,18 +204,37 @@ class SlotStore:
             held = self.state[name]
             held.scatter_(2, index, torch.where(writes, t, held.gather(2, index)))
 
-    def replace(self, source: Slots, index_BHN: torch.Tensor, position_BHN: torch.Tensor) -> None:
-        """Fills the first N slots with the tokens of ``source`` at ``index_BHN``; the rest become empty."""
+    def replace(
+        self, new: Slots, state: dict[str, torch.Tensor], index_BHN: torch.Tensor, position_BHN: torch.Tensor
+    ) -> None:
+        """Fills the first N slots with a choice of the tokens held and the new ones; the rest become empty.
 
-        def pick(t: torch.Tensor) -> torch.Tensor:
-            return t.gather(2, index_BHN[..., None].expand(*index_BHN.shape, t.shape[-1]))
+        Keys, then values are gathered from where they are: three copies of N of them exist for that time.
 
-        state = {name: t.gather(2, index_BHN) for name, t in source.state.items()}
-        if self.growing and index_BHN.shape[2] > self.capacity:
-            self._grow(index_BHN.shape[2])
+        Args:
+            state: of the tokens held, followed by that of the new ones.
+            index_BHN: the chosen, numbered likewise.
+        """
+        n, N = self.used, index_BHN.shape[2]
+        state = {name: t.gather(2, index_BHN) for name, t in state.items()}
+        old, late = index_BHN.clamp_max(n - 1)[..., None], (index_BHN - n).clamp_min(0)[..., None]
+        is_new = (index_BHN >= n)[..., None]
+
+        def pick(held: torch.Tensor, arrived: torch.Tensor) -> torch.Tensor:
+            arrived = arrived.gather(2, late.expand(*late.shape[:-1], arrived.shape[-1]))
+            if not n:
+                return arrived
+            return torch.where(is_new, arrived, held.gather(2, old.expand(*old.shape[:-1], held.shape[-1])))
+
+        if self.growing and N > self.capacity:
+            self._grow(N)
+        self.k[:, :, :N] = pick(self.k, new.k)
+        self.v[:, :, :N] = pick(self.v, new.v)
         self.position.fill_(NO_TOKEN)
-        self._fill(slice(0, index_BHN.shape[2]), Slots(pick(source.k), pick(source.v), position_BHN, state))
-        self.used = index_BHN.shape[2]
+        self.position[:, :, :N] = position_BHN
+        for name, t in state.items():
+            self.state[name][:, :, :N] = t
+        self.used = N
 
     def advance(self, tokens: int, real_BT: torch.Tensor | None = None) -> None:
         """Counts new tokens as seen; where ``real_BT`` is given, padding does not count."""

@@ -10,6 +10,7 @@ from transformers.cache_utils import DynamicCache
 
 from ..budget import Budget
 from ..cache.build import bounded_cache
+from ..cache.graph import DecodeStep
 from ..cache.policies import Policy, make
 from ..cache.replay import replayable
 from . import layerwise
@@ -129,7 +130,7 @@ def _measure_stepwise(model, ids_NT, cells: list["_Cell"], full: "_Sums", batch_
     T = ids_NT.shape[1]
     for ids_BT in ids_NT.to(model.device).split(batch_size):
         for cell in cells:
-            cell.cache = bounded_cache(model, cell.policy, cell.budget)
+            cell.begin(model, len(ids_BT))
         teacher = DynamicCache(config=model.config.get_text_config(decoder=True))
         for start in range(0, T - 1, block):
             end = min(start + block, T - 1)
@@ -138,7 +139,7 @@ def _measure_stepwise(model, ids_NT, cells: list["_Cell"], full: "_Sums", batch_
                 full.add(logits_BSV[:, s], ids_BT[:, start + s + 1])
             for cell in cells:
                 for s in range(end - start):
-                    cell.step(model, ids_BT[:, start + s], ids_BT[:, start + s + 1], logits_BSV[:, s])
+                    cell.step(ids_BT[:, start + s], ids_BT[:, start + s + 1], logits_BSV[:, s])
                     tick()
             del logits_BSV  # before the next block's are made
         for cell in cells:
@@ -170,12 +171,21 @@ class _Cell(_Sums):
 
     def __init__(self, policy: Policy, budget: Budget, device):
         super().__init__(device)
-        self.policy, self.budget, self.cache = policy, budget, None
+        self.policy, self.budget, self.cache, self.forward = policy, budget, None, None
         self.peak, self.mean = 0, 0.0
 
-    def step(self, model, token_B: torch.Tensor, next_B: torch.Tensor, teacher_BV: torch.Tensor) -> None:
+    def begin(self, model, rows: int) -> None:
+        """A new cache for so many sequences; on a GPU, where the policy allows, with its step as a CUDA graph."""
+        self.cache = _static_cache(model, self.policy, self.budget, rows) if _records(model.device) else None
+        if self.cache is not None:
+            self.forward = DecodeStep(model, self.cache)
+            return
+        cache = self.cache = bounded_cache(model, self.policy, self.budget)
+        self.forward = lambda token_B: model(token_B[:, None], past_key_values=cache, use_cache=True).logits[:, -1]
+
+    def step(self, token_B: torch.Tensor, next_B: torch.Tensor, teacher_BV: torch.Tensor) -> None:
         """Feeds one token to each sequence and measures what it predicts."""
-        logits_BV = model(input_ids=token_B[:, None], past_key_values=self.cache, use_cache=True).logits[:, -1]
+        logits_BV = self.forward(token_B)
         self.measure(logits_BV, next_B, teacher_BV.float().log_softmax(-1), teacher_BV.argmax(-1))
 
     def measure(
@@ -191,7 +201,7 @@ class _Cell(_Sums):
     def finish(self) -> None:
         """The batch is through: remember its peak, free its slots."""
         self.peak, self.mean = max(self.peak, self.cache.peak_tokens), max(self.mean, self.cache.peak_mean_tokens)
-        self.cache = None
+        self.cache = self.forward = None
 
     def row(self, budget: Budget) -> Row:
         return Row(
@@ -204,6 +214,18 @@ class _Cell(_Sums):
             peak_tokens_per_head=self.peak,
             mean_tokens_per_head=self.mean,
         )
+
+
+def _records(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _static_cache(model, policy: Policy, budget: Budget, rows: int):
+    """A static cache, or None for policies, budgets and models that can have none."""
+    try:
+        return bounded_cache(model, policy, budget, rows=rows) if policy.bounded else None
+    except ValueError:
+        return None
 
 
 def _grid(policies, budgets, device) -> list[tuple[_Cell, Budget]]:

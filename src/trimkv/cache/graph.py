@@ -1,0 +1,65 @@
+"""A decode step of a static cache, captured once as a CUDA graph and replayed for ever."""
+
+import torch
+
+from .bounded import BoundedCache
+
+WARM_UP = 3  # eager steps before the capture: kernels compile and libraries allocate their workspaces
+
+
+class DecodeStep:
+    """One token per row through a model with a static cache; on a GPU a graph, elsewhere the same forward.
+
+    Call it as often as you like. Between calls rows may be copied in, restored and cleared; that is seen to here.
+
+    Args:
+        model: the model that the cache was made for.
+        cache: a static one. What it holds is not touched.
+
+    Raises:
+        ValueError: a cache that is not static.
+    """
+
+    def __init__(self, model, cache: BoundedCache):
+        if not cache.static:
+            raise ValueError("a decode step for ever needs a static cache: make one with bounded_cache(..., rows=R)")
+        self.model, self.cache = model, cache
+        rows, device = len(cache.seen), cache.seen.device
+        self.token = torch.zeros(rows, 1, dtype=torch.long, device=device)
+        self.active = torch.zeros(rows, 1, dtype=torch.bool, device=device)
+        self.logits = self.graph = None
+        if device.type == "cuda":
+            self._capture()
+
+    @torch.no_grad()
+    def __call__(self, token_B: torch.Tensor, active_B: torch.Tensor | None = None) -> torch.Tensor:
+        """Feeds a token to each active row (None: all are). Returns logits [B, V], overwritten by the next call."""
+        self.token.copy_(token_B[:, None])
+        if active_B is None:
+            self.active.fill_(True)
+        else:
+            self.active.copy_(active_B[:, None])
+        self.cache.refresh()
+        if self.graph is None:
+            self._forward()
+        else:
+            self.graph.replay()
+        return self.logits
+
+    def _forward(self) -> None:
+        out = self.model(self.token, attention_mask=self.active, past_key_values=self.cache, use_cache=True)
+        self.logits = out.logits[:, -1]
+
+    @torch.no_grad()
+    def _capture(self) -> None:
+        """Warms up and captures with no row active: nothing that the cache holds changes."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                self._forward()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.cache.refresh()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self._forward()
