@@ -219,6 +219,9 @@ def test_bad_requests_are_refused(model):
                 engine.add(bad)
         with pytest.raises(ValueError, match="at most 8"):
             engine.add([5], SamplingParams(stop=range(9)))
+        for bad in ("one text", [1, 2, 3]):
+            with pytest.raises(ValueError, match="one text|one number"):
+                engine.generate(bad)
         with pytest.raises(ValueError, match="2 sampling parameters for 1"):
             engine.generate([[5]], [SamplingParams(), SamplingParams()])
         assert not engine.busy

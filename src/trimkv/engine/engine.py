@@ -93,7 +93,7 @@ class Engine:
         self._ends = _end_tokens(model, tokenizer)
         self._running: list[Request | None] = [None] * rows
         self._reading: Request | None = None  # the request whose prompt is in the staging row
-        self._fed = 0  # tokens of it that are there
+        self._fed: int | None = None  # tokens of it that are there; None before the first chunk
         self._waiting: deque[Request] = deque()
         self._requests: dict[int, Request] = {}
         self._ids = itertools.count()
@@ -195,7 +195,7 @@ class Engine:
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         progress: bool = True,
     ) -> list[Request]:
@@ -209,6 +209,8 @@ class Engine:
             ValueError: as for ``add``, before anything runs.
             KeyboardInterrupt: between two steps, so that other requests and the engine go on.
         """
+        if isinstance(prompts, str):
+            raise ValueError("generate takes a list of prompts, and this is one text: put it into a list")
         if isinstance(params, SamplingParams) or params is None:
             params = [params or SamplingParams()] * len(prompts)
         if len(params) != len(prompts):
@@ -242,7 +244,7 @@ class Engine:
         """
         with self._stepping:
             if self._closed:
-                raise RuntimeError("the engine is closed")
+                return False
             try:
                 self._sweep()
                 self._read_prompt()
@@ -297,13 +299,14 @@ class Engine:
 
     def _read_prompt(self) -> None:
         """A chunk of the prompt that is being read, or of the next one if a row is free for it."""
-        request = self._reading or self._next()
+        if self._reading is None:
+            self._reading, self._fed = self._next(), None
+        request = self._reading
         if request is None:
             return
         try:
-            if self._reading is None:
+            if self._fed is None:
                 self._fed = request.reused_tokens = self.runner.begin(request)
-                self._reading = request
             end = min(self._fed + self.runner.chunk, len(request.prompt))
             whole = end == len(request.prompt)
             logits = self.runner.read(self._fed, end, more=not whole or request.is_prefix)
@@ -420,6 +423,8 @@ class Engine:
             if self.tokenizer is None:
                 raise ValueError("a prompt that is text needs a tokenizer: Engine(..., tokenizer=...), or token ids")
             return self.tokenizer(prompt)["input_ids"]
+        if isinstance(prompt, int):
+            raise ValueError("a prompt is text or a list of token ids, and this is one number")
         ids = prompt.flatten().tolist() if isinstance(prompt, torch.Tensor) else list(prompt)
         if any(isinstance(token, bool) or not isinstance(token, int) for token in ids):
             raise ValueError("a prompt is text, or whole numbers: token ids")
