@@ -134,16 +134,9 @@ def main():
     args = parser.parse_args()
     names = list(dict.fromkeys([*AGAINST, *args.policies.split(",")]))
     model, rows = build(args.device, args.layers), []
-    for batch in map(int, args.batches.split(",")):
-        rows += measure(model, names, batch, args)
-        if args.device == "cuda":
-            torch.cuda.empty_cache()
-    for row in rows:
-        print({name: value for name, value in row.items() if name != "rounds"}, file=sys.stderr)
     settings = {name: getattr(args, name) for name in ("budget", "prompt", "chunk", "rounds", "steps", "layers")}
     last = args.prompt + (args.rounds + 1) * args.steps
     result = {
-        "rows": rows,
         **settings,
         "device": args.device,
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -151,7 +144,11 @@ def main():
         "shape": {**SMOLLM2, "num_hidden_layers": args.layers},
         "widths_of_gates_and_heads": SIZES,
     }
-    save(f"policy_speed_{args.device}", result, args.output)
+    for batch in map(int, args.batches.split(",")):
+        rows += measure(model, names, batch, args)
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
+        save(f"policy_speed_{args.device}", {**result, "rows": rows}, args.output)
 
 
 if __name__ == "__main__":
