@@ -105,6 +105,17 @@ class TestGenerate:
         assert found["peak_tokens_per_head_prefill"] == 36 == found["peak_tokens_per_head"]
         assert found["peak_cache_bytes"] < found["full_cache_bytes"]
 
+    @pytest.mark.parametrize(
+        ("policy", "decode"), [("h2o", 21), ("snapkv", 28), ("r_kv", None), ("streaming_llm", 20), ("keydiff", 20)]
+    )
+    def test_the_papers_form_reads_a_prompt_whole_and_may_exceed_the_budget(self, generate, policy, decode):
+        """SnapKV keeps all it decodes, R-KV holds 128 tokens more before it evicts; both are counted."""
+        found = generate("--budget", 20, "--profile", "paper", "--policy", policy, "--max-new-tokens", 9)
+        assert found["profile"] == "paper" and found["new_tokens"] == 9
+        whole = policy != "keydiff"
+        assert found["peak_tokens_per_head_prefill"] == found["prompt_tokens"] - (not whole)
+        assert found["peak_tokens_per_head_decode"] == (decode or found["prompt_tokens"] + 8)
+
     @pytest.mark.parametrize("chunk", [7, 512])
     def test_where_nothing_is_evicted_the_answer_is_the_stock_models(self, generate, folder, chunk):
         tokenizer = byte_tokenizer()

@@ -7,8 +7,9 @@ import brute
 import tiny
 import trimkv
 from trimkv.attention import reference
+from trimkv.budget import Budget
 from trimkv.cache.layers import BoundedLayer
-from trimkv.cache.policies import POLICIES, Policy, make
+from trimkv.cache.policies import POLICIES, Policy, as_published, make
 from trimkv.cache.policies.window import push, window_logits, window_state
 from trimkv.cache.rotation import Rotation, rotation_of
 from trimkv.cache.slots import LayerFacts, Slots
@@ -441,3 +442,24 @@ def test_capped_logits_and_learned_sinks(name, policy):
     ours, own = tiny.generate(model, ids, trimkv.bounded_cache(model, policy, 40, chunk=9), new=8)
     assert torch.equal(ours, stock)
     torch.testing.assert_close(own, logits, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_published_form_runs(name):
+    """And where there is none, it is the form that everything else uses."""
+    model = tiny.gated("qwen3", num_hidden_layers=2)
+    policy, budget, chunk = as_published(name, 12, 8)
+    form = POLICIES[name].published
+    assert (chunk is None) == (form is not None and form.whole_prompt)
+    assert budget == Budget(12, buffer=form.buffer if form else 0)
+    cache = trimkv.bounded_cache(model, policy, budget, chunk=chunk)
+    with torch.no_grad():
+        for part in tiny.tokens(2, 40).split([30] + [1] * 10, 1):
+            assert model(part, past_key_values=cache).logits.isfinite().all()
+    if form and form.whole_prompt and policy.bounded:
+        assert cache.peak_prefill_tokens == 30
+
+
+def test_a_buffer_that_was_asked_for_stays():
+    assert as_published("trimkv", Budget(12, buffer=5), 8)[1] == Budget(12, buffer=5)
+    assert as_published("trimkv", 12, 8)[0].offset == 1

@@ -90,6 +90,21 @@ def test_only_gates_learn_and_all_of_them(kind, stage):
         assert (parameter.grad is not None and parameter.grad.abs().sum() > 0) == learns, name
 
 
+def test_what_is_recomputed_is_not_kept():
+    """Otherwise the backward pass holds the gates' activations of all layers, and long contexts do not fit."""
+    ours = student(checkpointing=True)
+    ours.train()
+    ours.begin_step(0)
+    loss, before = ours(**batch(0, 1))["loss"], dict(ours.log_beta)
+    recomputed = []
+    gate = ours.modules_with_gates[0].retention_gate
+    gate.register_forward_hook(lambda *_: recomputed.append(1))
+    loss.backward()
+    assert recomputed, "nothing was recomputed"
+    assert len(before) == len(ours.modules_with_gates)
+    assert all(ours.log_beta[i] is log_beta for i, log_beta in before.items())
+
+
 def test_checkpointing_changes_no_gradient():
     gradients = []
     for training in (True, False):  # transformers checkpoints in training mode only

@@ -45,7 +45,7 @@ def answer(
     cache,
     history: list[int],
     sampling: Sampling,
-    chunk: int,
+    chunk: int | None,
     write: Callable[[str], None] | None = None,
     stopped: Callable[[], bool] = lambda: False,
     reading: Callable[[int, int], None] = lambda done, total: None,
@@ -58,6 +58,7 @@ def answer(
 
     Args:
         history: every token of the text so far, changed in place.
+        chunk: tokens of a forward; None feeds all of them in one.
         write: gets text as soon as it is certain.
         stopped: asked before every forward pass.
         reading: called as ``reading(done, total)`` while the prompt is fed.
@@ -65,7 +66,7 @@ def answer(
     start = time.perf_counter()
     fed, prompt_tokens = cache.get_seq_length(), len(history) - cache.get_seq_length()
     stream = _Stream(tokenizer, write or (lambda text: None))
-    for begin in range(fed, len(history) - 1, chunk):
+    for begin in range(fed, len(history) - 1, chunk) if chunk else ():
         reading(begin - fed, prompt_tokens)
         if stopped():
             break

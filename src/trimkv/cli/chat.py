@@ -44,7 +44,7 @@ class Chat:
         self.model, self.cache = run.start()
         o = run.options
         self.conversation = Conversation(
-            self.model, run.tokenizer, self.cache, run.sampling, o.prefill_chunk, system=o.system
+            self.model, run.tokenizer, self.cache, run.sampling, run.chunk, system=o.system
         )
         self.turns: list[dict] = []
         self.length = LengthWarning(self.model, o.model)

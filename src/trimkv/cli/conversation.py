@@ -19,7 +19,7 @@ class Conversation:
     tokenizer: object
     cache: object
     sampling: Sampling
-    chunk: int
+    chunk: int | None
     system: str | None = None
     history: list[int] = field(default_factory=list)
 

@@ -69,7 +69,7 @@ def _answer(run: Run, model, cache, ids: list[int]):
             cache,
             list(ids),
             run.sampling,
-            o.prefill_chunk,
+            run.chunk,
             write=None if o.as_json else write,
             reading=reading,
         )

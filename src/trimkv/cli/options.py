@@ -105,6 +105,13 @@ budget_options = _all_of(
         show_default=True,
         help="Tokens of the prompt per forward pass.",
     ),
+    click.option(
+        "--profile",
+        type=click.Choice(["fixed", "paper"]),
+        default="fixed",
+        show_default=True,
+        help="paper: the policy as its authors' code has it, also where that exceeds the budget.",
+    ),
     sharing_options,
 )
 

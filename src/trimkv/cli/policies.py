@@ -30,6 +30,7 @@ def policies(as_json: bool):
         lines = [row["description"], f"Score: {row['score']}.", f"Evicts {row['evicts']}."]
         lines += [f"Attends to {row['peak_decode']}; within a prompt to {row['peak_prefill']}. State: {row['state']}."]
         lines += [f"Deviates: {row['deviations']}"] if row["deviations"] else []
+        lines += [f"--profile paper: {row['published']}."] if row["published"] else []
         lines += [f"Source: {row['source']}"]
         console.print(Padding(Text("\n".join(lines), style="dim"), (0, 0, 1, 2)))
 
@@ -54,4 +55,18 @@ def _row(name: str, policy: type) -> dict:
         "state_bytes_per_slot": per_slot,
         "state_bytes_per_layer": per_layer,
         "deviations": policy.deviations,
+        "published": _published(policy),
     }
+
+
+def _published(policy: type) -> str:
+    """What --profile paper changes, in words."""
+    form = policy.published
+    if form is None:
+        return ""
+    said = [f"as {form.name}"] if form.name else []
+    said += [f"{option}={value}" for option, value in form.options.items()]
+    said += ["a prompt attends in full and evicts after it"] if form.whole_prompt else []
+    if form.buffer:
+        said.append("attends before it evicts" if form.buffer == 1 else f"evicts every {form.buffer} tokens")
+    return ", ".join(said)

@@ -13,7 +13,9 @@ class Run:
     """A checked request. Nothing slow has happened yet, except for the tokenizer."""
 
     options: SimpleNamespace
+    decides: Any  # the policy
     budget: Any
+    chunk: int | None
     choice: loading.Choice
     device: str
     dtype: str
@@ -36,15 +38,19 @@ class Run:
         loading.check_model_name(options.model)
         loading.import_torch()
         from ..cache.build import check_sharing
-        from ..cache.policies import make
+        from ..cache.policies import as_published, make
 
         choice = loading.choose((options.policy,) if options.policy else (), options.model, options.gates)
         loading.check_budget(budget, choice.policies)
+        policy, chunk = make(choice.policies[0]), options.prefill_chunk
         with mendable():
-            check_sharing(make(choice.policies[0]), budget)
+            if options.profile == "paper":
+                policy, budget, chunk = as_published(policy.name, budget, chunk)
+            check_sharing(policy, budget)
         device = loading.pick_device(options.device)
         dtype = loading.pick_dtype(options.dtype, device)
-        return cls(options, budget, choice, device, dtype, loading.load_tokenizer(options.model))
+        tokenizer = loading.load_tokenizer(options.model)
+        return cls(options, policy, budget, chunk, choice, device, dtype, tokenizer)
 
     def start(self):
         """The model with its gates, and its empty cache."""
@@ -55,7 +61,7 @@ class Run:
         o = self.options
         model = loading.load_model(o.model, self.device, self.dtype, self.choice.gates, self.choice.heads)
         with mendable():
-            cache = bounded_cache(model, policy=self.policy, budget=self.budget, chunk=o.prefill_chunk)
+            cache = bounded_cache(model, policy=self.decides, budget=self.budget, chunk=self.chunk)
         if self.choice.remark:
             loading.note(self.choice.remark)
         torch.manual_seed(o.seed)
@@ -63,13 +69,11 @@ class Run:
 
     @property
     def policy(self) -> str:
-        return self.choice.policies[0]
+        return self.decides.name
 
     @property
     def bounded(self) -> bool:
-        from ..cache.policies import POLICIES
-
-        return POLICIES[self.policy].bounded
+        return self.decides.bounded
 
     @property
     def sampling(self):
@@ -85,6 +89,7 @@ class Run:
             "peak_tokens_per_head_prefill": cache.peak_prefill_tokens,
             "peak_tokens_per_head_decode": cache.peak_decode_tokens,
             "mean_tokens_per_head_decode": cache.peak_mean_tokens,
+            "profile": self.options.profile,
             "scope": self.budget.scope if self.bounded else "head",
             "peak_cache_bytes": cache.peak_bytes,
             "full_cache_bytes": cache.full_cache_bytes(cache.get_seq_length()),

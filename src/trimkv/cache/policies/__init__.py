@@ -1,5 +1,8 @@
 """One file a policy, one table of names."""
 
+from dataclasses import replace
+
+from ...budget import Budget
 from .base import Policy
 from .expected_attention import ExpectedAttention, ExpectedAttention32
 from .full import Full
@@ -54,3 +57,25 @@ def make(policy: "str | Policy", **options) -> Policy:
         return POLICIES[policy](**options)
     except TypeError as error:
         raise ValueError(f"policy {policy}: {error}") from None
+
+
+def as_published(policy: str, budget: int | Budget, chunk: int | None) -> tuple[Policy, Budget, int | None]:
+    """A policy, with budget and chunk, as its paper's code had it, where that is another thing than here: prompts that
+    attend in full, decoding beyond the budget between evictions, other ages or positions.
+
+    By default every policy evicts before a token attends and after every chunk of a prompt, so that all can be compared
+    at one budget. What was published often exceeds it; peaks are counted either way.
+
+    Args:
+        budget: a buffer in it is kept as it is.
+        chunk: of a prompt; kept where prompts were published in chunks.
+
+    Raises:
+        ValueError: unknown policy.
+    """
+    budget, form = Budget.of(budget), make(policy).published
+    if form is None:
+        return make(policy), budget, chunk
+    if not budget.buffer:
+        budget = replace(budget, buffer=form.buffer)
+    return make(form.name or policy, **form.options), budget, None if form.whole_prompt else chunk

@@ -1,11 +1,30 @@
 """What a policy is."""
 
+from dataclasses import dataclass, field
+
 import torch
 
 from ..seen import Seen
 from ..slots import NewTokens, RowState, Slots
 
 NEEDS = ("log_beta", "keys", "values", "rotation", "queries", "attention")
+
+
+@dataclass(frozen=True)
+class Published:
+    """How a method was published, where that differs from what its policy does here.
+
+    Attributes:
+        options: of the policy.
+        name: the policy that has the published form, if it is another one.
+        buffer: tokens above the budget that decoding may hold between evictions; 1 attends before it evicts.
+        whole_prompt: a prompt attends in full and evicts once, after it.
+    """
+
+    options: dict = field(default_factory=dict)
+    name: str = ""
+    buffer: int = 0
+    whole_prompt: bool = True
 
 
 class Policy:
@@ -39,6 +58,7 @@ class Policy:
         selects: True keeps every token, and each decode step attends to a choice of them (``visible``).
         search, offset: by which score the decode kernel can find the next victim while it attends ("retention",
             "position": see ``attention.slots_triton.decode``); "" where it cannot.
+        published: what ``as_published`` changes; None where the published form is the one here, or cannot be had.
         comparable: whether scores of different heads and layers may be compared, so that heads can share a budget. The
             score is then made of position and state alone, and the policy does not observe: ``score`` gets ``slots``
             without keys and values, of whatever heads.
@@ -60,6 +80,7 @@ class Policy:
     head = ""
     selects = False
     comparable = False
+    published: Published | None = None
     search = ""
     offset = 0
 

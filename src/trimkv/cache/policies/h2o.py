@@ -1,6 +1,6 @@
 import torch
 
-from .base import Policy
+from .base import Policy, Published
 
 
 class H2O(Policy):
@@ -12,6 +12,7 @@ class H2O(Policy):
     """
 
     name = "h2o"
+    published = Published(buffer=1)
     needs = frozenset({"attention"})
     source = "arXiv 2306.14048, section 4; FMInference/H2O@ac75c2a h2o_hf/utils_real_drop"
     recent_share = 0.5
@@ -44,6 +45,7 @@ class H2ONormalised(H2O):
     """Heavy hitters by the attention that each of their queries gave on average: age alone wins nothing."""
 
     name = "h2o_normalised"
+    published = None
     formula = "attention received, divided by the number of queries that could give it; half the budget recent"
     deviations = (
         "Not in the paper: the mean in place of the sum, as kvpress's ObservedAttentionPress has it. " + H2O.deviations

@@ -1,6 +1,6 @@
 import torch
 
-from .base import Policy
+from .base import Policy, Published
 from .snapkv import FORCED, check_window, pool_neighbours, window_votes
 from .window import push, window_state
 
@@ -27,6 +27,7 @@ class RKV(Policy):
     """
 
     name = "r_kv"
+    published = Published(buffer=128)
     needs = frozenset({"keys", "queries"})
     source = (
         "arXiv 2505.24133, importance and redundancy; Zefan-Cai/R-KV@d15c976 rkv/compression/r1_kv.py, rkv/utils.py"

@@ -1,7 +1,7 @@
 import torch
 import torch.nn.functional as F
 
-from .base import Policy
+from .base import Policy, Published
 from .window import push, window_logits, window_state
 
 POOLING = ("avg", "max")
@@ -31,6 +31,7 @@ class SnapKV(Policy):
     """
 
     name = "snapkv"
+    published = Published({"decoding": False})
     needs = frozenset({"keys", "queries"})
     source = "arXiv 2404.14469, section 4; FasterDecoding/SnapKV@e216ddc snapkv/monkeypatch/snapkv_utils.py"
     formula = "pool over positions of the attention of the last w queries, summed; mean over the group's query heads"

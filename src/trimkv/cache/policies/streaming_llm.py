@@ -1,6 +1,6 @@
 import torch
 
-from .base import Policy
+from .base import Policy, Published
 
 POSITIONS = ("absolute", "cache")
 
@@ -15,6 +15,7 @@ class StreamingLLM(Policy):
     """
 
     name = "streaming_llm"
+    published = Published(name="streaming_llm_cache")
     source = "arXiv 2309.17453, section 3.2; mit-han-lab/streaming-llm@2e50426"
     formula = "position"
     search = "position"
@@ -50,6 +51,7 @@ class StreamingLLMCache(StreamingLLM):
     the budget."""
 
     name = "streaming_llm_cache"
+    published = Published()
     needs = frozenset({"rotation"})
     moves_keys = True
     search = ""

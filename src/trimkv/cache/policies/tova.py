@@ -1,6 +1,6 @@
 import torch
 
-from .base import Policy
+from .base import Policy, Published
 
 
 class Tova(Policy):
@@ -10,6 +10,7 @@ class Tova(Policy):
     """
 
     name = "tova"
+    published = Published(buffer=1)
     needs = frozenset({"attention"})
     source = "arXiv 2401.06104, section 3.2; NVIDIA/kvpress v0.5.4 presses/tova_press.py"
     state = {"weight": torch.float32}

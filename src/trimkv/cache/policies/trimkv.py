@@ -1,6 +1,6 @@
 import torch
 
-from .base import Policy
+from .base import Policy, Published
 
 STRATEGIES = ("alpha", "knorm_alpha")
 DISTANCES = ("exact", "reference")
@@ -16,6 +16,7 @@ class TrimKV(Policy):
     """
 
     name = "trimkv"
+    published = Published({"distance": "reference"}, buffer=128)
     needs = frozenset({"log_beta"})
     trained = True
     comparable = True
