@@ -168,6 +168,23 @@ def test_heads_learn_from_the_stock_model_and_nothing_else_learns(kind, name):
     assert all(torch.equal(model.state_dict()[k], v) for k, v in stock.items())
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_losses_are_those_of_plain_steps(kind):
+    found = []
+    for compile in (False, True):
+        model = tiny.build("llama").cuda()
+        attach_heads(model, new_heads(model, kind, width=8, block_size=4))
+        student = HeadStudent(model, settings(kind, compile=compile))
+        student.train()
+        out = student(**{name: t.cuda() for name, t in batch(0, 1).items()})
+        out["loss"].backward()
+        found.append([out["loss"].detach(), *(p.grad for p in student.head_parameters())])
+    for ours, plain in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_documents_of_a_sample_do_not_know_each_other(kind):
     model = tiny.build("llama")

@@ -163,6 +163,10 @@ class SeerTask:
         self.start = documents.start.gather(1, inside)
         self.begin = self.index - self.start  # positions in their documents
         self.tokens = torch.zeros_like(far).scatter_add(1, self.block, documents.real.long())
+        members = inside[..., None] + torch.arange(self.block_size, device=first.device)  # [B, N, block_size]
+        self.members = members.clamp_max(first.shape[1] - 1)
+        there = torch.arange(self.block_size, device=first.device) < self.tokens[..., None]
+        self.there = there & (self.index < first.shape[1])[..., None]
 
     @torch.no_grad()
     def pooled(self, k: torch.Tensor) -> torch.Tensor:
@@ -182,8 +186,9 @@ class SeerTask:
         """fp32 [B, H, t, N], each row sums to one."""
         largest = compiled(largest_shares) if self.compile else largest_shares
         x = largest(q[:, :, part], k, self.documents.sees(part), scaling, softcap, s_aux)
-        best = x.new_zeros(*x.shape[:3], self.index.shape[1])
-        best.scatter_reduce_(3, self.block[:, None, None].expand_as(x), x, "amax")
+        members = self.members.flatten(1)[:, None, None].expand(*x.shape[:3], -1)
+        best = x.gather(3, members).unflatten(3, self.members.shape[1:])
+        best = best.masked_fill_(~self.there[:, None, None], 0.0).amax(-1)
         return best / best.sum(-1, keepdim=True).clamp_min(1e-9)
 
     def visible(self, part: slice) -> torch.Tensor:
