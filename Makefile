@@ -15,7 +15,7 @@ demo: $(VENV)/.trimkv-base  ## install, fetch the default model and answer a que
 	$(BIN)/trimkv generate --model smollm2 --prompt-file examples/demo_prompt.txt --budget 256 --max-new-tokens 96
 
 test: $(VENV)/.trimkv-test  ## install the test extra and run the test suite on the CPU
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PYTEST_ARGS) --numprocesses auto --maxprocesses 8 --dist worksteal
 
 gpu-test:  ## run the tests marked gpu with $(PYTHON) as it is: nothing is installed
 	PYTHONPATH=src $(PYTHON) -m pytest -m gpu $(PYTEST_ARGS)
