@@ -89,7 +89,7 @@ def linear(x, weights, biases, has_bias, squares, eps, activation, residual, nor
     given = iter(biases)
     biases = [next(given) if has else x for has in has_bias] + [x] * (MATRICES - len(weights))
     widths = [w.shape[0] for w in weights] + [0] * (MATRICES - len(weights))
-    per = triton.cdiv(triton.cdiv(K, how.BK), splits) * how.BK
+    per = triton.cdiv(triton.cdiv(K, how.BK), splits)  # blocks: a multiple of BK that the compiler can see
     with _on(x):
         _linear_kernel[(tiles, splits, row_blocks)](
             *(x, *matrices, *biases, squares, residual, norm, y, y_norm, y_squares, parts, counters),
@@ -240,8 +240,8 @@ def _linear_kernel(
     x_at = x + m[:, None] * x_m + kk[None, :]
     acc = tl.zeros([BN, BM], tl.float32)
     up = tl.zeros([BN, BM], tl.float32)
-    lo = part * per
-    hi = tl.minimum(lo + per, K)
+    lo = part * per * BK
+    hi = tl.minimum(lo + per * BK, K)
     for k0 in range(lo, hi, BK):
         if EVEN_K:
             x_mask = (m < rows)[:, None]
