@@ -9,7 +9,6 @@ slots and themselves. Nothing is timed unless it equals the plain reference.
 """
 
 import argparse
-import statistics
 import sys
 
 import torch
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from record import save
 
 from trimkv.attention import slots, slots_triton
+from trimkv.bench.measure import copy_bandwidth, graph_milliseconds
 
 H, G, D = 8, 4, 128
 ROWS, SLOTS = (1, 4, 8, 16, 64), (256, 1024, 4096)
@@ -66,42 +66,6 @@ def gate_decode(B: int, M: int) -> float:
     return error
 
 
-def milliseconds(calls: list, repeat: int) -> float:
-    """Median over replays of one graph of all calls, per call."""
-    for call in calls[:3]:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for n in range(repeat + 3):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        if n >= 3:
-            times.append(begin.elapsed_time(end) / len(calls))
-    return statistics.median(times)
-
-
-def copy_bandwidth() -> float:
-    """Bytes per second of a large copy, read and written. Not in a graph, where a copy engine does it, more slowly."""
-    source = torch.randn(2**30, device="cuda")
-    target = torch.empty_like(source)
-    times = []
-    for _ in range(12):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        target.copy_(source)
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return 2 * source.nbytes / statistics.median(times[2:]) * 1e3
-
-
 def measure_decode(B: int, M: int, copy: float, repeat: int, sweep: bool) -> dict:
     error = gate_decode(B, M)
     one = step(B, M)
@@ -111,7 +75,7 @@ def measure_decode(B: int, M: int, copy: float, repeat: int, sweep: bool) -> dic
     stores = [one] + [step(B, M) for _ in range(max(1, int(ROTATED / kv)))]
 
     def time(function) -> float:
-        return milliseconds([lambda given=given: function(given) for given in stores], repeat)
+        return graph_milliseconds([lambda given=given: function(given) for given in stores], repeat)
 
     def kernel(**options):
         return lambda given: slots_triton.decode(*given.values(), **options)
@@ -183,7 +147,7 @@ def measure_chunk(B: int, T: int, M: int, repeat: int) -> dict:
     operations = 4 * B * H * G * D * T * (M + (T + 1) / 2)
     result = {"rows": B, "tokens": T, "slots": M, "relative_error": error}
     for name, call in calls.items():
-        ms = milliseconds([call] * 5, repeat)
+        ms = graph_milliseconds([call] * 5, repeat)
         result[f"{name}_us"] = round(ms * 1e3, 1)
         if name != "selection_by_topk":
             result[f"{name}_tflops"] = round(operations / ms / 1e9, 1)
@@ -199,7 +163,7 @@ def main():
     if not torch.cuda.is_available():
         sys.exit("this measures GPU kernels: no CUDA device found")
     torch.manual_seed(0)
-    copy = copy_bandwidth()
+    copy = copy_bandwidth(torch.device("cuda"))
     with torch.no_grad():
         decode = [measure_decode(B, M, copy, args.repeat, args.sweep) for B in ROWS for M in SLOTS]
         chunk = [measure_chunk(*shape, args.repeat) for shape in CHUNKS]

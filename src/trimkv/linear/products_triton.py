@@ -19,6 +19,7 @@ from .products import GATED, MATRICES, SILU_LAST
 # fp32 as three tf32 products on tensor cores: fp32's precision. bf16 and fp16 don't care.
 EXACT = tl.constexpr("tf32x3")
 PROGRAMS = 2  # a multiprocessor that a product should be spread over
+HOPPER_BYTES = 227 * 1024  # of shared memory for one block of threads
 LEAST_BLOCKS = 4  # of columns that a program walks over, where they are split
 
 
