@@ -18,7 +18,8 @@ from .products import GATED, MATRICES, SILU_LAST
 
 # fp32 as three tf32 products on tensor cores: fp32's precision. bf16 and fp16 don't care.
 EXACT = tl.constexpr("tf32x3")
-PROGRAMS = 2  # a multiprocessor that a product should be spread over
+# Rows of x up to -> programs a multiprocessor that a product should be spread over: parts of many rows are large.
+PROGRAMS = {16: 2, 32: 2, 64: 1}
 HOPPER_BYTES = 227 * 1024  # of shared memory for one block of threads
 LEAST_BLOCKS = 4  # of columns that a program walks over, where they are split
 
@@ -54,8 +55,8 @@ def plan(x: torch.Tensor, weights: list[torch.Tensor], activation: str) -> Plan:
     BN, BK, num_warps, num_stages = table[BM]
     blocks = triton.cdiv(K, BK)
     tiles = _tiles(weights, BN, gated) * triton.cdiv(rows, BM)
-    wanted = PROGRAMS * _multiprocessors(x) / tiles
-    splits = max(1, min(round(wanted), blocks // LEAST_BLOCKS))
+    wanted = PROGRAMS[BM] * _multiprocessors(x) / tiles
+    splits = max(1, min(int(wanted), blocks // LEAST_BLOCKS))  # one wave: a few programs more would be another
     return Plan(BM, BN, BK, triton.cdiv(blocks, triton.cdiv(blocks, splits)), num_warps, num_stages)
 
 
@@ -132,6 +133,7 @@ def heads(qkv, Q, H, D, cos, sin, q_norm, k_norm, eps, weight, bias):
     assert D % 2 == 0 and qkv.stride(1) == cos.stride(1) == sin.stride(1) == 1
     assert cos.shape == sin.shape == (rows, D), "a rotation of the whole head, for each row"
     assert (q_norm is None) == (k_norm is None)
+    assert weight is None or weight.is_contiguous() and weight.shape[0] == H
     qk = qkv.new_empty(rows, Q + H, D)
     log_beta = torch.empty((rows, H) if weight is not None else (0,), dtype=torch.float32, device=qkv.device)
     width = 0 if weight is None else weight.shape[1]
