@@ -191,11 +191,15 @@ def main():
         sys.exit("this measures GPU kernels: no CUDA device found")
     torch.manual_seed(0)
     copy = copy_bandwidth(torch.device("cuda"))
-    with torch.no_grad():
-        decode = [measure_decode(B, M, copy, args.repeat, args.sweep and (B, M) in SWEPT) for B in ROWS for M in SLOTS]
-        chunk = [measure_chunk(*shape, args.repeat) for shape in CHUNKS]
     shape = {"kv_heads": H, "group": G, "head_dim": D, "dtype": "bfloat16"}
-    save("slot_attention", {**shape, "copy_gb_per_s": round(copy / 1e9, 1), "decode": decode, "chunk": chunk})
+    result = {**shape, "copy_gb_per_s": round(copy / 1e9, 1), "decode": [], "chunk": []}
+    with torch.no_grad():
+        for B, M in itertools.product(ROWS, SLOTS):
+            result["decode"].append(measure_decode(B, M, copy, args.repeat, args.sweep and (B, M) in SWEPT))
+            save("slot_attention", result)
+        for given in CHUNKS:
+            result["chunk"].append(measure_chunk(*given, args.repeat))
+            save("slot_attention", result)
 
 
 if __name__ == "__main__":
