@@ -1,7 +1,8 @@
-"""What slots cost on one GPU: the decode kernel, Qwen3-4B's decode step, flatness over positions, a long prompt.
+"""What slots cost on one GPU: the decode kernel, products, layers, Qwen3-4B's decode step, flatness, a long prompt.
 
     python benchmarks/decode_gpu.py                   # about four minutes, a good part of it compiling
-    python benchmarks/decode_gpu.py --parts kernel,decode --shape tiny    # a quick look
+    python benchmarks/decode_gpu.py --parts linear --sweep     # other blocks of the products, to choose by; minutes
+    python benchmarks/decode_gpu.py --parts kernel,step --shape tiny --budget 16 --context 40    # a quick look
 
 Each part is measured as ``trimkv bench`` measures, one after the other: an error in one leaves the others be, and the
 file is written after every row. Its folder is $OUT, else benchmarks/results.
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 from record import RESULTS
 
-from trimkv.bench import attention, decode, models, prefill
+from trimkv.bench import attention, decode, linear, models, prefill
 from trimkv.bench.measure import clean, copy_bandwidth, matmul_rate
 from trimkv.cache.build import bounded_cache
 from trimkv.cache.graph import DecodeStep
@@ -85,28 +86,56 @@ def kernel(run: Run) -> Iterator[dict]:
         yield from attention.measure(given, run.device, run.dtype, run.bandwidth)
 
 
+def products(run: Run) -> Iterator[dict]:
+    """Each product of a layer, and of the output layer, weights rotated: fraction_of_floor is that of copy."""
+    rows = (8, 64) if run.args.sweep else (1, 4, 8, 16, 64)
+    given = linear.Options(run.args.shape, rows, sweep=run.args.sweep)
+    yield from linear.measure(given, run.device, run.dtype, run.bandwidth)
+
+
+def layer(run: Run) -> Iterator[dict]:
+    """One layer within a step: what eight more layers cost, by eight."""
+    few, more = 4, 12
+    times = {}
+    for layers in (few, more):
+        model = models.build(run.args.shape, str(run.device), run.dtype, layers=layers)
+        for system in ("trimkv", "trimkv-compiled"):
+            given = _options(run, (4, 8, 64), system, (run.args.context,))
+            for row in decode.measure(model, given, run.bandwidth):
+                times[system, row["batch"], layers] = row
+                yield {**row, "layers": layers}
+        del model
+        clean(run.device)
+    for system, batch, layers in list(times):
+        rows = [times[system, batch, n] for n in (few, more)]
+        if layers == few and all(row["ms"] for row in rows):
+            ms, floor = ((rows[1][key] - rows[0][key]) / (more - few) for key in ("ms", "floor_ms"))
+            found = {"ms_per_layer": ms, "floor_ms_per_layer": floor, "fraction_of_floor": floor / ms}
+            yield {"system": system, "batch": batch, **found}
+
+
 def step(run: Run) -> Iterator[dict]:
     """Decode at M = 1,024: trimkv behind a long context, and policy full with as many slots."""
     M, long = run.args.budget, run.args.context
     batches = (4, 8, 64)
-    yield from _decode(run, batches, "trimkv", (long,), True)
-    yield from _decode(run, batches, "full", (M - ROOM,), True)
-    yield from _decode(run, (4, 64), "trimkv", (long,), True, overlap=True)
-    yield from _decode(run, (4,), "trimkv", (long,), False)
-    yield from _decode(run, (4,), "full", (long,), True)
+    for system in ("trimkv", "trimkv-compiled"):
+        yield from _decode(run, batches, system, (long,))
+    yield from _decode(run, batches, "full", (max(M - ROOM, 1),))
+    yield from _decode(run, (4,), "full", (long,))
 
 
 def flat(run: Run) -> Iterator[dict]:
     """ms per token at far positions."""
-    yield from _decode(run, (4,), "trimkv", (1_000, 100_000, 1_000_000), True)
+    yield from _decode(run, (4,), "trimkv", (1_000, 100_000, 1_000_000))
 
 
-def _decode(
-    run: Run, batches: tuple, system: str, contexts: tuple, compile: bool, overlap: bool = False
-) -> Iterator[dict]:
-    given = decode.Options(contexts, batches, run.args.budget, (system,), STEPS, REPEAT, compile, overlap)
-    for row in decode.measure(run.model, given, run.bandwidth):
-        yield {**row, "compile": compile, "overlap": overlap}
+def _options(run: Run, batches: tuple, system: str, contexts: tuple) -> decode.Options:
+    on_gpu = run.device.type == "cuda"
+    return decode.Options(contexts, batches, run.args.budget, (system,), STEPS, REPEAT, compile=on_gpu, fused=True)
+
+
+def _decode(run: Run, batches: tuple, system: str, contexts: tuple) -> Iterator[dict]:
+    yield from decode.measure(run.model, _options(run, batches, system, contexts), run.bandwidth)
 
 
 def prompt(run: Run) -> Iterator[dict]:
@@ -121,9 +150,9 @@ def prompt(run: Run) -> Iterator[dict]:
 
 @torch.no_grad()
 def profile(run: Run) -> Iterator[dict]:
-    """Where the time of a captured step goes: kernels of ten replays, the largest first."""
+    """Where the time of a captured fused step goes: kernels of ten replays, the largest first."""
     cache = bounded_cache(run.model, "trimkv", run.args.budget, rows=4)
-    one = DecodeStep(run.model, cache, compile=run.device.type == "cuda")
+    one = DecodeStep(run.model, cache, fused=True)
     token = torch.zeros(4, dtype=torch.long, device=run.device)
     for _ in range(3):
         one(token)
@@ -140,7 +169,10 @@ def profile(run: Run) -> Iterator[dict]:
         yield {"kernel": event.key[:120], "launches": event.count / 10, "us_per_step": round(us, 1)}
 
 
-PARTS = {"kernel": kernel, "step": step, "flat": flat, "profile": profile, "prompt": prompt}
+PARTS = {
+    **{"kernel": kernel, "linear": products, "layer": layer, "step": step},
+    **{"flat": flat, "profile": profile, "prompt": prompt},
+}
 
 
 def main():
@@ -150,6 +182,7 @@ def main():
     parser.add_argument("--budget", type=int, default=1024)
     parser.add_argument("--context", type=int, default=32_786)
     parser.add_argument("--prompt", type=int, default=131_072)
+    parser.add_argument("--sweep", action="store_true", help="of part linear: other blocks, at 8 and 64 rows")
     args = parser.parse_args()
     names = args.parts.split(",")
     unknown = [name for name in names if name not in PARTS]

@@ -23,40 +23,18 @@ from pathlib import Path
 
 import record
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
-import trimkv
 from trimkv import Engine, SamplingParams
+from trimkv.bench import models
+from trimkv.bench.measure import copy_bandwidth
 from trimkv.bench.shapes import SHAPES
-from trimkv.gates.attach import new_gates
 
 FULL_CONTEXT = 32_768
-
-
-def build(shape: dict, device: str):
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), dtype=dtype)
-    return trimkv.attach(model.eval(), new_gates(model))
 
 
 def wait(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
-
-
-def copy_bandwidth(device: str) -> float:
-    """Bytes per second of a large copy, read and written; the best of ten."""
-    source = torch.ones(2**28 if device == "cuda" else 2**22, device=device)
-    target, best = torch.empty_like(source), float("inf")
-    for _ in range(10):
-        wait(device)
-        start = time.perf_counter()
-        target.copy_(source)
-        wait(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * source.nbytes / best
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -79,7 +57,7 @@ def steady(model, context: int, batch: int, args, bandwidth: float, sampling: di
     """All rows have read ``context`` tokens; a prefix that they share spares reading it for each."""
     vocabulary, device = model.config.vocab_size, args.device
     start = time.perf_counter()
-    with Engine(model, "trimkv", args.budget, rows=batch, chunk=args.chunk, compile=args.compile) as engine:
+    with Engine(model, "trimkv", args.budget, rows=batch, chunk=args.chunk, **how(args)) as engine:
         wait(device)
         started = time.perf_counter() - start
         prompt = random_prompt(context, vocabulary, seed=context)
@@ -101,6 +79,7 @@ def steady(model, context: int, batch: int, args, bandwidth: float, sampling: di
             seconds.append((time.perf_counter() - start) / args.steps)
         assert not any(engine._find(id).done for id in ids), "a row was done before the clock stopped"
         weights, slots = moved_bytes(engine)
+        fused = engine.runner.fused is not None
         for id in ids:
             engine.cancel(id)
         full_row = FULL_CONTEXT * sum(s.bytes_per_token for s in engine.runner.cache.stores)
@@ -116,16 +95,22 @@ def steady(model, context: int, batch: int, args, bandwidth: float, sampling: di
         "floor_tokens_per_second": round(batch / floor, 1),
         "fraction_of_floor": round(floor / step, 4),
         "full_cache_32k_floor_tokens_per_second": round(batch / full_floor, 1),
+        "fused": fused,
         "weight_bytes": weights,
         "slot_bytes": slots,
         "start_seconds": round(started, 2),
     }
 
 
+def how(args) -> dict:
+    """Options of every engine."""
+    return {"compile": args.compile, "fast_start": args.fast_start, "fused": args.fused}
+
+
 def reading_rate(model, args) -> float:
     """Tokens per second of reading one long prompt with nothing beside it."""
     tokens = max(args.longest // 2, args.chunk)
-    with Engine(model, "trimkv", args.budget, rows=1, chunk=args.chunk, fast_start=True) as engine:
+    with Engine(model, "trimkv", args.budget, rows=1, chunk=args.chunk, **{**how(args), "fast_start": True}) as engine:
         for seed in (1, 2):
             prompt = random_prompt(tokens, model.config.vocab_size, seed)
             wait(args.device)
@@ -144,7 +129,7 @@ def load(model, args, steady_rate: float, sampling: dict) -> dict:
     outputs = [draw.randint(*args.outputs) for _ in lengths]
     prompts = [random_prompt(n, model.config.vocab_size, seed) for seed, n in enumerate(lengths)]
     reading = reading_rate(model, args)
-    with Engine(model, "trimkv", args.budget, rows=args.rows, chunk=args.chunk, compile=args.compile) as engine:
+    with Engine(model, "trimkv", args.budget, rows=args.rows, chunk=args.chunk, **how(args)) as engine:
         params = [SamplingParams(n, ignore_eos=True, **sampling) for n in outputs]
         wait(args.device)
         start = time.perf_counter()
@@ -187,6 +172,8 @@ def main():
     parser.add_argument("--longest", type=int, default=30_000)
     parser.add_argument("--outputs", type=int, nargs=2, default=[64, 1024], help="the fewest and the most tokens")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--fast-start", action="store_true", help="capture graphs when they are needed")
+    parser.add_argument("--fused", action=argparse.BooleanOptionalAction, help="[default: where it can be]")
     parser.add_argument("--sampling", action="store_true", help="temperature 0.8, top-k 50, top-p 0.95, penalty 1.1")
     parser.add_argument("--name", default="engine_gpu", help="of the result")
     parser.add_argument("--output", type=Path, help="folder of the result")
@@ -194,8 +181,10 @@ def main():
     options = {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.1, "seed": 1}
     sampling = options if args.sampling else {}
     args.shortest = min(args.shortest, args.longest)
-    model = build(SHAPES[args.shape], args.device)
-    bandwidth = copy_bandwidth(args.device)
+    # Its positions reach far beyond the longest prompt: an engine refuses prompts that its model does not know.
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    model = models.build(args.shape, args.device, dtype)
+    bandwidth = copy_bandwidth(torch.device(args.device))
     result = {
         "shape": args.shape,
         "policy": "trimkv",
@@ -203,7 +192,7 @@ def main():
         "chunk": args.chunk,
         "dtype": str(model.dtype),
         "sampling": sampling or "greedy",
-        "compile": args.compile,
+        **how(args),
         "copy_bandwidth": bandwidth,
         "steady": [],
     }

@@ -9,7 +9,7 @@ slots and themselves. Nothing is timed unless it equals the plain reference.
 """
 
 import argparse
-import statistics
+import itertools
 import sys
 
 import torch
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from record import save
 
 from trimkv.attention import slots, slots_triton
+from trimkv.bench.measure import copy_bandwidth, graph_milliseconds
 
 H, G, D = 8, 4, 128
 ROWS, SLOTS = (1, 4, 8, 16, 64), (256, 1024, 4096)
@@ -24,6 +25,8 @@ CHUNKS = ((1, 512, 1024), (1, 1024, 4096), (1, 4096, 4096), (4, 512, 1024))  # r
 TOLERANCE = 1e-2  # relative RMS, bf16
 ROTATED = 160e6  # bytes of different stores that are gone through
 SCALING = D**-0.5
+BLOCKS = ((32, 2, 4), (32, 4, 3), (32, 4, 4), (32, 4, 6), (64, 4, 2), (64, 4, 3), (64, 4, 4), (64, 8, 3), (128, 8, 2))
+SWEPT = ((4, 1024), (8, 1024), (64, 1024))  # rows, slots: all others are measured as they are
 
 
 def step(B: int, M: int) -> dict:
@@ -66,42 +69,6 @@ def gate_decode(B: int, M: int) -> float:
     return error
 
 
-def milliseconds(calls: list, repeat: int) -> float:
-    """Median over replays of one graph of all calls, per call."""
-    for call in calls[:3]:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for n in range(repeat + 3):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        if n >= 3:
-            times.append(begin.elapsed_time(end) / len(calls))
-    return statistics.median(times)
-
-
-def copy_bandwidth() -> float:
-    """Bytes per second of a large copy, read and written. Not in a graph, where a copy engine does it, more slowly."""
-    source = torch.randn(2**30, device="cuda")
-    target = torch.empty_like(source)
-    times = []
-    for _ in range(12):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        target.copy_(source)
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return 2 * source.nbytes / statistics.median(times[2:]) * 1e3
-
-
 def measure_decode(B: int, M: int, copy: float, repeat: int, sweep: bool) -> dict:
     error = gate_decode(B, M)
     one = step(B, M)
@@ -111,10 +78,13 @@ def measure_decode(B: int, M: int, copy: float, repeat: int, sweep: bool) -> dic
     stores = [one] + [step(B, M) for _ in range(max(1, int(ROTATED / kv)))]
 
     def time(function) -> float:
-        return milliseconds([lambda given=given: function(given) for given in stores], repeat)
+        return graph_milliseconds([lambda given=given: function(given) for given in stores], repeat)
 
-    def kernel(**options):
-        return lambda given: slots_triton.decode(*given.values(), **options)
+    counters = torch.zeros(B * H, dtype=torch.int32, device="cuda")
+
+    def kernel(joins=True, **options):
+        lent = counters if joins else None  # as a static cache lends them
+        return lambda given: slots_triton.decode(*given.values(), counters=lent, **options)
 
     def sdpa(given):
         q = given["q"].view(B, H, G, D)
@@ -131,6 +101,7 @@ def measure_decode(B: int, M: int, copy: float, repeat: int, sweep: bool) -> dic
         "stores": len(stores),
         "relative_error": error,
         "decode": rates(time(kernel(sinks=4)), moved),
+        "decode_joined_apart": rates(time(kernel(sinks=4, joins=False)), moved),
         "decode_no_empty": rates(time(kernel(sinks=4, any_empty=False)), moved),
         "decode_no_search": rates(time(kernel(score="none", any_empty=False)), moved),
         "decode_with_probabilities": rates(time(kernel(sinks=4, probabilities=True)), moved),
@@ -138,14 +109,34 @@ def measure_decode(B: int, M: int, copy: float, repeat: int, sweep: bool) -> dic
     }
     result["decode_over_sdpa"] = round(result["decode"]["us"] / result["sdpa_only_attends"]["us"], 2)
     if sweep:
-        result["us_by_splits"] = {s: round(time(kernel(splits=s)) * 1e3, 2) for s in (1, 2, 4, 8, 16, 32)}
-        before, result["us_by_block_warps_stages"] = slots_triton.DECODE[D], {}
-        for config in ((32, 4, 3), (32, 4, 5), (64, 4, 2), (64, 4, 4), (64, 8, 3), (128, 4, 2), (128, 8, 2)):
-            slots_triton.DECODE[D] = config
-            result["us_by_block_warps_stages"][str(config)] = round(time(kernel()) * 1e3, 2)
-        slots_triton.DECODE[D] = before
+        result["sweep"] = sweep_decode(time, kernel)
+        result["best"] = min(result["sweep"], key=lambda found: found.get("us", float("inf")))
     print({key: value["us"] if isinstance(value, dict) and "us" in value else value for key, value in result.items()})
     return result
+
+
+def sweep_decode(time, kernel) -> list[dict]:
+    """Microseconds by what is read when, blocks, splits and the place of the join; what fails says so."""
+    found = []
+    tables = {name: dict(getattr(slots_triton, name)) for name in ("DECODE", "DECODE_EAGER")}
+    eager_before = slots_triton.EAGER
+    try:
+        for eager, config in itertools.product((False, True), BLOCKS):
+            slots_triton.EAGER = eager
+            for name in tables:
+                getattr(slots_triton, name)[D] = config
+            for splits, joins in ((None, True), (1, True), *itertools.product((2, 3, 4, 6, 8, 16), (True, False))):
+                one = {"eager": eager, "block_warps_stages": config, "splits": splits, "joins": joins}
+                try:
+                    one["us"] = round(time(kernel(sinks=4, splits=splits, joins=joins)) * 1e3, 2)
+                except Exception as error:  # too much shared memory, mostly: the next ones go on
+                    one["error"] = f"{type(error).__name__}: {str(error)[:100]}"
+                found.append(one)
+    finally:
+        slots_triton.EAGER = eager_before
+        for name, table in tables.items():
+            getattr(slots_triton, name).update(table)
+    return found
 
 
 def measure_chunk(B: int, T: int, M: int, repeat: int) -> dict:
@@ -183,7 +174,7 @@ def measure_chunk(B: int, T: int, M: int, repeat: int) -> dict:
     operations = 4 * B * H * G * D * T * (M + (T + 1) / 2)
     result = {"rows": B, "tokens": T, "slots": M, "relative_error": error}
     for name, call in calls.items():
-        ms = milliseconds([call] * 5, repeat)
+        ms = graph_milliseconds([call] * 5, repeat)
         result[f"{name}_us"] = round(ms * 1e3, 1)
         if name != "selection_by_topk":
             result[f"{name}_tflops"] = round(operations / ms / 1e9, 1)
@@ -199,12 +190,16 @@ def main():
     if not torch.cuda.is_available():
         sys.exit("this measures GPU kernels: no CUDA device found")
     torch.manual_seed(0)
-    copy = copy_bandwidth()
-    with torch.no_grad():
-        decode = [measure_decode(B, M, copy, args.repeat, args.sweep) for B in ROWS for M in SLOTS]
-        chunk = [measure_chunk(*shape, args.repeat) for shape in CHUNKS]
+    copy = copy_bandwidth(torch.device("cuda"))
     shape = {"kv_heads": H, "group": G, "head_dim": D, "dtype": "bfloat16"}
-    save("slot_attention", {**shape, "copy_gb_per_s": round(copy / 1e9, 1), "decode": decode, "chunk": chunk})
+    result = {**shape, "copy_gb_per_s": round(copy / 1e9, 1), "decode": [], "chunk": []}
+    with torch.no_grad():
+        for B, M in itertools.product(ROWS, SLOTS):
+            result["decode"].append(measure_decode(B, M, copy, args.repeat, args.sweep and (B, M) in SWEPT))
+            save("slot_attention", result)
+        for given in CHUNKS:
+            result["chunk"].append(measure_chunk(*given, args.repeat))
+            save("slot_attention", result)
 
 
 if __name__ == "__main__":

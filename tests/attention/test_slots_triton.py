@@ -71,8 +71,10 @@ def check(given, **options):
     """One step by the operator and by the reference: output, store and the next slot."""
     options = {"lse": True, "probabilities": True, **options}
     ours, truth = ({name: clone(x) for name, x in given.items()} for _ in range(2))
-    splits = options.pop("splits", None)
-    got = slots_triton.decode(*ours.values(), **options, splits=splits)
+    splits, joins = options.pop("splits", None), options.pop("joins", False)
+    counters = torch.zeros(given["slot"].numel(), dtype=torch.int32, device=given["q"].device) if joins else None
+    got = slots_triton.decode(*ours.values(), **options, splits=splits, counters=counters)
+    assert not joins or not counters.any(), "the next call counts from zero"
     expect = slots_triton.decode_reference(*truth.values(), **options)
     for name in given:  # the store, empty slots and their NaN included; inputs are not touched
         torch.testing.assert_close(ours[name], truth[name], rtol=0, atol=0, equal_nan=True, msg=name)
@@ -186,7 +188,7 @@ def test_the_operators_are_well_behaved():
     """torch's own checks of schema, fake tensors and mutation; and one graph under torch.compile."""
     given = step(2, 2, 2, 9, 16, empty=0.0)
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    rest = (None, None, "retention", 1, 2, 0, 9, True, True, True, None, None)
+    rest = (None, None, "retention", 1, 2, 0, 9, True, True, True, None, None, torch.zeros(4, dtype=torch.int32))
     torch.library.opcheck(torch.ops.trimkv.decode_slots, (*given.values(), *rest), test_utils=tests)
     given = chunk(2, 2, 2, 9, 5, 16, empty=0.0, padded=False)
     torch.library.opcheck(torch.ops.trimkv.attend_chunk, (*given.values(), None, None, 9, True, True), test_utils=tests)
@@ -226,7 +228,7 @@ def test_the_kernels_in_the_interpreter():
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Several blocks and parts at shapes that an interpreter can do."""
-    for name in ("DECODE", "DECODE_FP32"):
+    for name in ("DECODE", "DECODE_EAGER", "DECODE_FP32"):
         monkeypatch.setattr(slots_triton, name, dict.fromkeys((64, 128, 256), (16, 4, 1)))
     for name in ("CHUNK", "CHUNK_FP32"):
         monkeypatch.setattr(slots_triton, name, dict.fromkeys((64, 128, 256), (16, 16, 4, 1)))
@@ -237,7 +239,20 @@ def small_blocks(monkeypatch):
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_interpreted_decode_equals_the_reference(options, splits, small_blocks):
     given = step(3, 2, 3, 45, 16, idle=(2,))
-    check(given, splits=splits, **with_aux(options, given))
+    options = with_aux(options, given)
+    check(given, splits=splits, **options)
+    check(given, splits=splits, joins=True, **options)
+
+
+@interpreted
+@pytest.mark.parametrize("eager", [True, False])
+def test_interpreted_keys_may_be_read_before_or_after_it_is_known_which_count(monkeypatch, eager, small_blocks):
+    monkeypatch.setattr(slots_triton, "EAGER", eager)
+    for splits, joins in ((1, False), (3, False), (3, True)):
+        given = step(3, 2, 3, 45, 16, idle=(2,))
+        check(given, splits=splits, joins=joins)
+        check(step(3, 1, 5, 70, 80), splits=splits, joins=joins)
+        check(step(2, 2, 1, 37, 16, empty=0.0), splits=splits, joins=joins, any_empty=False)
 
 
 @interpreted
@@ -254,7 +269,7 @@ def test_interpreted_decode_equals_the_reference(options, splits, small_blocks):
     ],
 )
 def test_interpreted_decode_of_every_shape(shape, dtype, integer, splits, small_blocks):
-    check(step(*shape, dtype=dtype, integer=integer), splits=splits)
+    check(step(*shape, dtype=dtype, integer=integer), splits=splits, joins=True)
     check(step(*shape, dtype=dtype, integer=integer, empty=0.0), splits=splits, any_empty=False)
 
 

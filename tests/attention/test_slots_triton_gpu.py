@@ -79,6 +79,24 @@ def test_the_same_twice():
         assert all(torch.equal(a, b) for a, b in zip(one, outs[0], strict=True))
 
 
+@pytest.mark.parametrize("eager", [True, False])
+@pytest.mark.parametrize("splits", [2, 7, 16])
+def test_parts_joined_by_the_last_to_arrive(monkeypatch, eager, splits):
+    """In the order of the slots, whoever that is: the same bits every time, and counters that serve the next step."""
+    monkeypatch.setattr(slots_triton, "EAGER", eager)
+    for dtype in (torch.bfloat16, torch.float32):
+        shared.check(shared.step(3, 8, 4, 1024, 128, dtype, "cuda", idle=(2,)), splits=splits, joins=True)
+    given = shared.step(8, 8, 4, 1024, 128, torch.bfloat16, "cuda", empty=0.0)
+    counters = torch.zeros(64, dtype=torch.int32, device="cuda")
+    first = None
+    for _ in range(200):
+        one = {name: shared.clone(x) for name, x in given.items()}
+        out = slots_triton.decode(*one.values(), splits=splits, counters=counters).out
+        first = out if first is None else first
+        assert torch.equal(out, first)
+    assert not counters.any()
+
+
 def layer(given, calls):
     """``calls`` steps, each with the slot that the one before found; what a model's compiled decode step looks like."""
     out, slot, now = given["q"], given["slot"], given["now"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import trimkv
-from trimkv.bench import attention, decode, fill, measure, models, prefill, shapes
+from trimkv.bench import attention, decode, fill, linear, measure, models, prefill, shapes
 from trimkv.cli.app import run
 from trimkv.viz.bench import common
 
@@ -42,6 +42,26 @@ def test_decode_measures_every_system(model):
     token = models.token_bytes(model)
     assert (floors["full", 80] - floors["full", 40]) == pytest.approx(2 * 40 * token / 1e10 * 1e3)
     assert floors["trimkv", 80] == floors["trimkv", 40] < floors["stock-dynamic", 40]
+
+
+def test_fused_steps_are_measured_where_they_are_right(model):
+    """On a GPU they are what system trimkv is; trimkv-compiled stays what it was."""
+    given = options(systems=("full", "trimkv-compiled", "trimkv"), fused=True)
+    for row in decode.measure(model, given, 1e10):
+        check_numbers(row)
+    cache = trimkv.bounded_cache(model, "trimkv", 16, rows=2)
+    assert given.step(model, cache, "trimkv-compiled").fused is None and given.step(model, cache, "trimkv").fused
+
+
+def test_products_of_a_layer_are_measured():
+    rows = list(linear.measure(linear.Options("tiny", (1, 3), repeat=1), CPU, torch.float32, 1e10))
+    assert [(row["product"], row["batch"], row["system"]) for row in rows] == [
+        (name, batch, system) for name in linear.PRODUCTS for batch in (1, 3) for system in linear.SYSTEMS
+    ]
+    for row in rows:
+        check_numbers(row)
+    moved = {row["product"]: row["moved_bytes"] for row in rows}
+    assert moved["down"] == 96 * 64 * 4 and moved["head"] == 256 * 64 * 4
 
 
 def test_floors_are_the_bytes_of_the_shape():

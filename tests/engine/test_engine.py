@@ -4,7 +4,6 @@ import asyncio
 import threading
 
 import pytest
-import torch
 
 import tiny
 import trimkv
@@ -281,23 +280,3 @@ def test_a_bar_counts_what_has_finished(model, monkeypatch, capsys):
         assert "3/3" in shown and "12 tokens" in shown
         engine.generate([prompt(5)], long(4), progress=False)
         assert capsys.readouterr().err == ""
-
-
-def test_compiled_parts_are_taken_back_when_the_engine_closes(monkeypatch):
-    """The model belongs to the user."""
-    model = tiny.gated("qwen3")
-    monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda self, **o: setattr(self, "_compiled_call_impl", self._call_impl)
-    )
-
-    def compiled():
-        return [name for name, module in model.named_modules() if module._compiled_call_impl is not None]
-
-    with Engine(model, "trimkv", BUDGET, rows=2, chunk=CHUNK, compile=True) as engine:
-        parts = [
-            f"model.layers.0.{name}" for name in ("input_layernorm", "mlp", "self_attn.k_norm", "self_attn.q_norm")
-        ]
-        assert set(parts) <= set(compiled())
-        found = engine.generate([prompt(40)], long(9))[0]
-    assert compiled() == []
-    assert found.tokens == alone(model, "trimkv", prompt(40), 9)

@@ -30,8 +30,8 @@ class Graph:
         return "pool"
 
 
-def make(monkeypatch, policy="trimkv", budget=BUDGET, chunk=CHUNK):
-    engine = Engine(tiny.gated("qwen3"), policy, budget, rows=5, chunk=chunk)
+def make(monkeypatch, policy="trimkv", budget=BUDGET, chunk=CHUNK, **options):
+    engine = Engine(tiny.gated("qwen3"), policy, budget, rows=5, chunk=chunk, **options)
     runner = engine.runner
     runner.graphs, runner.few_sizes, runner.lag = Graphs(runner._step, runner._idle), True, 1
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
@@ -98,3 +98,38 @@ def test_all_graphs_are_captured_at_the_start_unless_told_otherwise(engine):
     assert len(engine.runner.graphs.captured) == 8
     found = engine.generate([prompt(9), prompt(40)], long(12), progress=False)
     assert [request.tokens for request in found] == [alone(engine.model, "trimkv", prompt(p), 12) for p in (9, 40)]
+
+
+def test_parts_are_compiled_in_graphs_and_nowhere_else(monkeypatch):
+    """The model belongs to the user: between captures it is as it was."""
+    compiled, steps = [], []
+    monkeypatch.setattr(torch, "compile", lambda forward, **options: compiled.append(forward) or forward)
+    with make(monkeypatch, compile=True) as engine:
+        runner, model = engine.runner, engine.model
+        step = runner._step
+
+        def watched(*key):
+            steps.append("forward" in model.model.layers[0].mlp.__dict__)
+            step(*key)
+
+        runner.graphs.step = watched
+        runner._capture()
+        assert compiled and all(steps)
+        assert not any("forward" in module.__dict__ for module in model.modules())
+        found = engine.generate([prompt(40)], long(9), progress=False)[0]
+    assert found.tokens == alone(model, "trimkv", prompt(40), 9)
+
+
+@pytest.mark.parametrize("policy", ["trimkv", "streaming_llm"])
+def test_fused_layers_give_the_same_tokens(monkeypatch, policy):
+    with make(monkeypatch, policy, fused=True) as engine:
+        assert engine.runner.fused is not None
+        for p, n in ((40, 30), (5, 25), (17, 20)):
+            found = engine.generate([prompt(p)] * 3, long(n), progress=False)
+            assert [one.tokens for one in found] == [alone(engine.model, policy, prompt(p), n)] * 3
+        assert not any("forward" in module.__dict__ for module in engine.model.modules())
+
+
+def test_a_model_that_is_not_recognised_says_so():
+    with pytest.raises(ValueError, match="OlmoForCausalLM: the input norm of layer 0 is a OlmoLayerNorm"):
+        Engine(tiny.gated("olmo"), "trimkv", BUDGET, fused=True)

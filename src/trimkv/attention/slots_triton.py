@@ -4,13 +4,17 @@ Decode. One program owns all G query heads of a KV head and a part of its slots.
 is known before this one is done, so the search for the lowest score rides along: one more program a head, which reads
 8 bytes a slot beside the 4 D bytes of keys and values (in their loop, each block would wait for its scores). Where rows
 and heads are too few to fill the device, the slots are split over several programs, whose partial results a second
-kernel joins (flash-decoding). The slot that is overwritten is never read: every program leaves it out, and the first
-one of a head starts its softmax from the new key and value themselves. So it does not matter when the store is written.
+kernel joins (flash-decoding), or, where the caller has counters to lend, the program of a head that arrives last: in
+the order of the slots, so that the same input gives the same bits. The slot that is overwritten is never used: every
+program leaves it out, and the first one of a head starts its softmax from the new key and value themselves. So it does
+not matter when the store is written.
 
 Chunk. A forward-only flash attention over two sources of keys, the store's slots and the chunk's own tokens, so that
 nobody concatenates them. The G query heads of a KV head lie in one block of queries: keys are read once for all.
 
-Keys and values of empty slots are not read either, whatever they hold. All logits are in fp32 and in base 2.
+Keys and values of empty slots are not used either, whatever they hold. With EAGER they are read nevertheless: keys then
+wait neither for positions nor for the slot that is written, and once all slots are taken nothing is read in vain. All
+logits are in fp32 and in base 2.
 
 Proven in Triton's interpreter; block sizes and numbers of splits are still to be timed on a device.
 
@@ -33,6 +37,7 @@ SCORES = ("retention", "position", "none")
 LN2 = tl.constexpr(0.6931471805599453)
 NEVER = tl.constexpr(2**31 - 1)  # position of what is no candidate
 PARTS = tl.constexpr(16)  # partial results that are joined at a time
+FETCHED = tl.constexpr(8)  # likewise, by the program that arrives last
 RETENTION, NO_SCORE = tl.constexpr("retention"), tl.constexpr("none")
 # Head dim up to: block sizes, warps, stages. By compiling for sm_90 (registers, shared memory), not timed.
 DECODE = {64: (64, 4, 4), 128: (64, 4, 3), 256: (32, 4, 3)}  # BN, warps, stages
@@ -41,6 +46,9 @@ DECODE_SMALL = {64: (64, 4, 3), 128: (64, 4, 2), 256: (32, 4, 2)}  # for 99 KB o
 CHUNK = {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (128, 32, 8, 2)}  # BM, BN, warps, stages
 CHUNK_FP32 = {64: (32, 32, 4, 2), 128: (32, 32, 4, 2), 256: (16, 32, 4, 1)}
 CHUNK_SMALL = {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (32, 32, 4, 2)}
+DECODE_EAGER = {64: (64, 4, 4), 128: (32, 4, 4), 256: (16, 4, 4)}  # with EAGER, which takes more shared memory
+EAGER = False  # whether a decode step reads keys before it knows which of them count
+JOINS = True  # whether parts are joined by the program that arrives last, where there are counters
 RESIDENT, MAX_SPLITS = 3, 64  # decode programs that share a multiprocessor; parts of a head
 SEARCH = 2048  # slots that a search looks at at a time
 
@@ -98,6 +106,7 @@ def decode(
     probabilities: bool = False,
     splits: int | None = None,
     next_slot_BH: torch.Tensor | None = None,
+    counters: torch.Tensor | None = None,
 ) -> Decoded:
     """One token per row: writes it into its slot, attends, and finds the slot of the token after it.
 
@@ -121,13 +130,15 @@ def decode(
         lse, probabilities: whether to return them.
         splits: programs per head; None decides by the device.
         next_slot_BH: where to put the next slots, int32 or int64, dense; not slot_BH itself, which is read meanwhile.
+        counters: B * H zeros, int32, that this call may use and leaves zero: of one stream's calls. Parts of a head are
+            then joined in the same launch.
     """
     _check(q_BQD, k_BHCD, score, log_beta_new_BH, log_beta_BHC)
     got = Decoded(
         *torch.ops.trimkv.decode_slots(
             *(q_BQD, k_new_BHD, v_new_BHD, k_BHCD, v_BHCD, position_BHC, slot_BH, now_B, scaling),
             *(log_beta_new_BH, log_beta_BHC, softcap, s_aux_Q, score, sinks, recent, offset, used, any_empty),
-            *(lse, probabilities, splits, next_slot_BH),
+            *(lse, probabilities, splits, next_slot_BH, counters),
         )
     )
     return got if next_slot_BH is None else got._replace(next_slot=next_slot_BH)
@@ -136,7 +147,7 @@ def decode(
 def decode_reference(
     q, k_new, v_new, k, v, position, slot, now, scaling, log_beta_new=None, log_beta=None, softcap=None, s_aux_Q=None,
     score="retention", sinks=0, recent=0, offset=0, used=None, any_empty=True, lse=False, probabilities=False,
-    splits=None, next_slot_out=None,
+    splits=None, next_slot_out=None, counters=None,
 ) -> Decoded:  # fmt: skip
     """``decode`` in plain torch and fp32: the truth, and what runs on the CPU."""
     (B, Q, D), H = q.shape, k.shape[1]
@@ -271,7 +282,7 @@ DECODE_SCHEMA = (
     "(Tensor q, Tensor k_new, Tensor v_new, Tensor(a!) k, Tensor(b!) v, Tensor(c!) position, Tensor slot, Tensor now, "
     "float scaling, Tensor? log_beta_new, Tensor(d!)? log_beta, float? softcap, Tensor? s_aux, str score, int sinks, "
     "int recent, int offset, SymInt? used, bool any_empty, bool lse, bool probabilities, int? splits, "
-    "Tensor(e!)? next_slot) "
+    "Tensor(e!)? next_slot, Tensor(f!)? counters) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 CHUNK_SCHEMA = (
@@ -281,7 +292,7 @@ CHUNK_SCHEMA = (
 STORE = ("k", "v", "position", "log_beta")
 
 
-@torch.library.custom_op("trimkv::decode_slots", mutates_args=(*STORE, "next_slot"), schema=DECODE_SCHEMA)
+@torch.library.custom_op("trimkv::decode_slots", mutates_args=(*STORE, "next_slot", "counters"), schema=DECODE_SCHEMA)
 def _decode_op(*args):
     return tuple((_decode_triton if _on_kernels(args[0]) else decode_reference)(*args))
 
@@ -289,7 +300,7 @@ def _decode_op(*args):
 @_decode_op.register_fake
 def _decode_fake(
     q, k_new, v_new, k, v, position, slot, now, scaling, log_beta_new, log_beta, softcap, s_aux, score, sinks, recent,
-    offset, used, any_empty, lse, probabilities, splits, next_slot,
+    offset, used, any_empty, lse, probabilities, splits, next_slot, counters,
 ):  # fmt: skip
     return q.new_empty(q.shape), *_others(q, slot, k, score, lse, probabilities, next_slot)
 
@@ -308,7 +319,7 @@ def _chunk_fake(
 
 def _decode_triton(
     q, k_new, v_new, k, v, position, slot, now, scaling, log_beta_new, log_beta, softcap, s_aux, score, sinks, recent,
-    offset, used, any_empty, lse, probabilities, splits, next_slot_out,
+    offset, used, any_empty, lse, probabilities, splits, next_slot_out, counters,
 ):  # fmt: skip
     _refuse(q, k, v)
     assert position.dtype == torch.int32 and (log_beta is None or log_beta.dtype == torch.float32)
@@ -318,7 +329,8 @@ def _decode_triton(
     q, k_new, v_new = (_dense(x) for x in (q, k_new, v_new))
     slot, now = slot.contiguous(), now.contiguous()
     log_beta_new = None if log_beta is None else log_beta_new.contiguous()
-    BN, num_warps, num_stages = _config(DECODE, DECODE_FP32, DECODE_SMALL, q, any_empty)
+    table = DECODE_EAGER if EAGER else DECODE
+    BN, num_warps, num_stages = _config(table, DECODE_FP32, DECODE_SMALL, q, any_empty and not EAGER)
     splits = splits or _splits(B * H, triton.cdiv(used, BN), q)
     per = triton.cdiv(triton.cdiv(used, BN), splits) * BN  # slots of one program
 
@@ -335,12 +347,15 @@ def _decode_triton(
     if splits > 1:
         acc, top, total = floats(B * H, splits, G, D), floats(B * H, splits, G), floats(B * H, splits, G)
     shape = dict(G=G, D=D, BD=_pad(D), HAS_LSE=lse or probabilities)
+    joins = JOINS and splits > 1 and counters is not None
+    assert not joins or counters.dtype == torch.int32 and counters.numel() >= B * H
     with _on(q):
         # The search comes last: it takes the places of those that are done.
         _decode_kernel[(B * H, splits + (score != "none"))](
             *(q, k_new, v_new, log_beta_new, k, v, position, log_beta, slot, now),
             *(None if s_aux is None else s_aux.float(), out, norm),
             *(next_slot if next_slot_out is None else next_slot_out, logits, acc, top, total),
+            *(counters if joins else None,),
             *(*q.stride()[:2], *k_new.stride()[:2], *v_new.stride()[:2], *_strides(k, v)),
             *(*position.stride()[:2], *(position if log_beta is None else log_beta).stride()[:2]),
             *(H, used, per, scaling, softcap or 0.0, sinks, recent, offset),
@@ -355,10 +370,13 @@ def _decode_triton(
             HAS_AUX=s_aux is not None,
             KEEP_LOGITS=probabilities,
             SPLIT=splits > 1,
+            JOINS=joins,
+            GP=triton.next_power_of_2(G),
+            EAGER=EAGER,
             num_warps=num_warps,
             num_stages=num_stages,
         )
-        if splits > 1:
+        if splits > 1 and not joins:
             _join_kernel[(B * Q,)](acc, top, total, out, norm, splits, **shape, num_warps=4)
         if probabilities:
             _shares_kernel[(B * H, triton.cdiv(C, 256))](logits, norm, shares, C, used, G=G, BN=256, num_warps=4)
@@ -523,15 +541,51 @@ def _search(
     tl.store(next_slot, first.to(next_slot.dtype.element_ty))
 
 
+@triton.jit
+def _join(
+    part_acc, part_top, part_total, out, lse, n, parts,
+    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, HAS_LSE: tl.constexpr,
+):  # fmt: skip
+    """Joins the parts of all query heads of a KV head, first to last: first their tops, then sums that need no other's,
+    so that loads wait for nothing but each other."""
+    group, column = tl.arange(0, GP), tl.arange(0, BD)
+    member = group < G
+    mask = member[:, None] & (column < D)[None, :]
+    top = tl.zeros([GP], tl.float32) + NOTHING
+    for s0 in range(0, parts, FETCHED):
+        for i in tl.static_range(FETCHED):
+            given = member & (s0 + i < parts)
+            at = (n * parts + s0 + i) * G + group
+            top = tl.maximum(top, tl.load(part_top + at, mask=given, other=NOTHING, cache_modifier=".cg"))
+    acc = tl.zeros([GP, BD], tl.float32)
+    total = tl.zeros([GP], tl.float32)
+    for s0 in range(0, parts, FETCHED):
+        for i in tl.static_range(FETCHED):
+            given = member & (s0 + i < parts)
+            at = (n * parts + s0 + i) * G + group
+            fade = tl.exp2(tl.load(part_top + at, mask=given, other=NOTHING, cache_modifier=".cg") - top)
+            total += fade * tl.load(part_total + at, mask=given, other=0.0, cache_modifier=".cg")
+            at = at[:, None] * D + column[None, :]
+            given = mask & (s0 + i < parts)
+            acc += fade[:, None] * tl.load(part_acc + at, mask=given, other=0.0, cache_modifier=".cg")
+    idle = total == 0.0
+    total = tl.where(idle, 1.0, total)
+    at = (n * G + group)[:, None] * D + column[None, :]
+    tl.store(out + at, (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
+    if HAS_LSE:
+        tl.store(lse + n * G + group, tl.where(idle, float("inf"), (top + tl.log2(total)) * LN2), mask=member)
+
+
 @triton.jit(do_not_specialize=["used", "per"])
 def _decode_kernel(
     q, k_new, v_new, log_beta_new, k, v, position, log_beta, slot, now,
-    s_aux, out, lse, next_slot, logits, part_acc, part_top, part_total,
+    s_aux, out, lse, next_slot, logits, part_acc, part_top, part_total, counters,
     q_b, q_h, kn_b, kn_h, vn_b, vn_h, k_b, k_h, k_t, v_b, v_h, v_t, p_b, p_h, lb_b, lb_h,
     H, used, per, scaling, softcap, sinks, recent, offset,
     G: tl.constexpr, BG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, SN: tl.constexpr,
     SCORE: tl.constexpr, ANY_EMPTY: tl.constexpr, HAS_BETA: tl.constexpr, HAS_CAP: tl.constexpr,
     HAS_AUX: tl.constexpr, HAS_LSE: tl.constexpr, KEEP_LOGITS: tl.constexpr, SPLIT: tl.constexpr,
+    JOINS: tl.constexpr, GP: tl.constexpr, EAGER: tl.constexpr,
 ):  # fmt: skip
     """Programs [head, part]: all parts but the last attend to slots of theirs, the last searches."""
     n = tl.program_id(0).to(tl.int64)
@@ -565,8 +619,15 @@ def _decode_kernel(
         # The new token, in the first part: into the store, and first into the softmax.
         mine = writes & (part == 0)
         mask = (column < D) & mine
-        new_key = tl.load(k_new + row * kn_b + head * kn_h + column, mask=mask, other=0.0)
-        new_value = tl.load(v_new + row * vn_b + head * vn_h + column, mask=mask, other=0.0)
+        if EAGER:  # before the slot is known; what is not written is replaced, for it may be NaN
+            known = (column < D) & (part == 0)
+            new_key = tl.load(k_new + row * kn_b + head * kn_h + column, mask=known, other=0.0)
+            new_value = tl.load(v_new + row * vn_b + head * vn_h + column, mask=known, other=0.0)
+            new_key = tl.where(mask, new_key, 0.0)
+            new_value = tl.where(mask, new_value, 0.0)
+        else:
+            new_key = tl.load(k_new + row * kn_b + head * kn_h + column, mask=mask, other=0.0)
+            new_value = tl.load(v_new + row * vn_b + head * vn_h + column, mask=mask, other=0.0)
         tl.store(k + at * k_t + column, new_key, mask=mask)
         tl.store(v + at * v_t + column, new_value, mask=mask)
         tl.store(position + at, new_position, mask=mine)
@@ -594,12 +655,14 @@ def _decode_kernel(
             seen = held & writes
             if ANY_EMPTY:
                 seen = seen & (tl.load(position + j, mask=held, other=-1) >= 0)
-            keys = _read(k, j, k_t, seen, D, BD)
+            keys = _read(k, j, k_t, (j < hi) if EAGER else seen, D, BD)
             x = _scaled(tl.dot(queries, tl.trans(keys), input_precision=EXACT), scaling, softcap, HAS_CAP)
             x = tl.where(seen[None, :], x, float("-inf"))
             if KEEP_LOGITS:
                 tl.store(logits + group[:, None] * used + j[None, :], x, mask=member[:, None] & held[None, :])
-            values = _read(v, j, v_t, seen, D, BD)
+            values = _read(v, j, v_t, (j < hi) if EAGER else seen, D, BD)
+            if EAGER:
+                values = tl.where(seen[:, None], values, 0.0)
             acc, total, top = _soften(acc, total, top, x, values)
 
         if SPLIT:
@@ -608,6 +671,12 @@ def _decode_kernel(
             tl.store(part_total + at_part, total, mask=member)
             at_part = at_part[:, None] * D + column[None, :]
             tl.store(part_acc + at_part, acc, mask=member[:, None] & (column < D)[None, :])
+            if JOINS:
+                tl.debug_barrier()  # all threads have stored before one of them says so
+                arrived = tl.atomic_add(counters + n, 1, sem="acq_rel")
+                if arrived == parts - 1:
+                    _join(part_acc, part_top, part_total, out, lse, n, parts, G, GP, D, BD, HAS_LSE)
+                    tl.store(counters + n, 0)
         else:
             idle = total == 0.0  # only a row that writes nothing has no weight at all
             total = tl.where(idle, 1.0, total)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from ..attention import reference, slots
 from ..cache import fused
-from .measure import Wrong, milliseconds, relative_error, row
+from .measure import Wrong, relative_error, replayed, row
 from .models import config_of
 
 SYSTEMS = ("sdpa", "trimkv")
@@ -45,31 +45,11 @@ def measure(options: Options, device: torch.device, dtype: torch.dtype, bandwidt
                 if error > TOLERANCE[dtype]:
                     raise Wrong(f"output differs by {error:.2g} (relative)")
                 calls = [lambda one=one: _call(system, one) for one in given]
-                ms = _replayed(calls, device, options.repeat)
+                ms = replayed(calls, device, options.repeat)
                 floor = moved / bandwidth * 1e3
                 return {"ms": ms, "tokens_per_second": batch / ms * 1e3, "floor_ms": floor, "moved_bytes": moved}
 
             yield row(system, {"context": budget, "batch": batch, "budget": budget}, one, device)
-
-
-def _replayed(calls: list, device: torch.device, repeat: int) -> float:
-    """Milliseconds of a call, many in one graph where there are graphs."""
-
-    def everything() -> None:
-        for call in calls:
-            call()
-
-    if device.type != "cuda":
-        return milliseconds(everything, device, repeat) / len(calls)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        everything()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        everything()
-    return milliseconds(graph.replay, device, repeat, inner=5) / len(calls)
 
 
 def _step(shape: str, B: int, M: int, device: torch.device, dtype: torch.dtype) -> dict:

@@ -15,8 +15,8 @@ from . import fill
 from .measure import Wrong, milliseconds, relative_error, row
 from .models import step_weights, token_bytes
 
-SYSTEMS = ("stock-dynamic", "stock-static", "full", "trimkv")
-SLOTS = {"full": "full", "trimkv": "trimkv"}  # system -> policy of our own slots
+SYSTEMS = ("stock-dynamic", "stock-static", "full", "trimkv-compiled", "trimkv")
+SLOTS = {"full": "full", "trimkv-compiled": "trimkv", "trimkv": "trimkv"}  # system -> policy of our own slots
 GATE_PROMPT, GATE_STEPS = 48, 8  # the text by which a system shows that it is right, before it is timed
 # Relative RMS of logits. Two correct bf16 runs of a deep random model differ by a few hundredths, a wrong one by 1.4.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
@@ -29,11 +29,12 @@ class Options:
     Attributes:
         contexts: tokens behind the first measured one.
         batches: rows.
-        budget: M of system trimkv.
+        budget: M of systems trimkv and trimkv-compiled.
         systems: of SYSTEMS.
         steps: decode steps of one timing; the median of ``repeat`` counts.
-        compile: torch.compile for the elementwise parts of our own systems.
-        overlap: gates beside the projections (cache/graph.py).
+        compile: torch.compile for the small parts of our own systems, where they are not fused.
+        overlap: gates beside the projections (cache/graph.py), likewise.
+        fused: whole layers as a few launches in our own systems, but for trimkv-compiled.
     """
 
     contexts: tuple[int, ...]
@@ -44,6 +45,11 @@ class Options:
     repeat: int = 3
     compile: bool = False
     overlap: bool = False
+    fused: bool = False
+
+    def step(self, model, cache, system: str) -> DecodeStep:
+        fused = self.fused and system != "trimkv-compiled"
+        return DecodeStep(model, cache, compile=self.compile, overlap=self.overlap, fused=fused)
 
 
 @torch.no_grad()
@@ -74,7 +80,7 @@ def _time(model, system: str, context: int, batch: int, o: Options, bandwidth: f
 
     total = milliseconds(steps, model.device, o.repeat)
     ms = total / o.steps
-    held = min(context, o.budget) if system == "trimkv" else context
+    held = min(context, o.budget) if SLOTS.get(system) == "trimkv" else context
     floor = (step_weights(model) + batch * held * token_bytes(model)) / bandwidth * 1e3
     return {"ms": ms, "tokens_per_second": batch / ms * 1e3, "floor_ms": floor}
 
@@ -86,7 +92,7 @@ def _prepared(model, system: str, context: int, batch: int, o: Options):
         policy = SLOTS[system]
         cache = bounded_cache(model, policy, room if policy == "full" else o.budget, rows=batch)
         fill.bounded(cache, context)
-        return DecodeStep(model, cache, compile=o.compile, overlap=o.overlap)
+        return o.step(model, cache, system)
     _stock(model)
     if system == "stock-dynamic":
         return _stepper(model, fill.dynamic(model, batch, context))
@@ -136,7 +142,7 @@ def _error(model, system: str, o: Options) -> str:
 def _gate(model, system: str, o: Options) -> tuple[torch.Tensor, torch.Tensor]:
     text = torch.randint(3, model.config.vocab_size, (2, GATE_PROMPT + GATE_STEPS), device=model.device)
     prompt, rest = text[:, :GATE_PROMPT], text[:, GATE_PROMPT:].unbind(1)
-    if system == "trimkv":
+    if SLOTS.get(system) == "trimkv":
         M = min(o.budget, GATE_PROMPT // 2)
         read = [bounded_cache(model, "trimkv", M, chunk=16) for _ in range(2)]
         prefill(model, read[0], prompt, chunk=16)
@@ -145,7 +151,7 @@ def _gate(model, system: str, o: Options) -> tuple[torch.Tensor, torch.Tensor]:
         static = bounded_cache(model, "trimkv", M, rows=2)
         for b in range(2):
             static.copy_row(read[0], b, b)
-        step = DecodeStep(model, static, compile=o.compile, overlap=o.overlap)
+        step = o.step(model, static, system)
         got = torch.stack([step(token).clone() for token in rest])
         with fused.plain_torch():
             plain = [model(token[:, None], past_key_values=read[1]).logits[:, -1] for token in rest]
@@ -161,5 +167,5 @@ def _gate(model, system: str, o: Options) -> tuple[torch.Tensor, torch.Tensor]:
     else:
         cache = bounded_cache(model, "full", GATE_PROMPT + GATE_STEPS, rows=2)
         prefill(model, cache, prompt, chunk=16)
-        step = DecodeStep(model, cache, compile=o.compile, overlap=o.overlap)
+        step = o.step(model, cache, system)
     return torch.stack([step(token).clone() for token in rest]), expect

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-COPIED = 2**30  # bytes of the copies that bandwidth is measured by, on a GPU; a 16th of that on a CPU
+COPIED = 2**32  # bytes of the copies that bandwidth is measured by, on a GPU; a 64th of that on a CPU
 
 
 class Wrong(Exception):
@@ -38,11 +38,43 @@ def milliseconds(call: Callable, device: torch.device, repeat: int = 5, inner: i
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second of a large copy, read and written."""
-    size = COPIED if device.type == "cuda" else COPIED // 16
-    source = torch.ones(size // 4, device=device)
+    """Bytes per second of a large copy, read and written.
+
+    On a GPU by its own clock, and not in a graph, where a copy engine does it, more slowly.
+    """
+    if device.type != "cuda":
+        source = torch.ones(COPIED // 64 // 4, device=device)
+        target = torch.empty_like(source)
+        return 2 * source.nbytes / milliseconds(lambda: target.copy_(source), device, 7, 3) * 1e3
+    source = torch.ones(COPIED // 4, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / milliseconds(lambda: target.copy_(source), device, 7, 3) * 1e3
+    return 2 * source.nbytes / event_milliseconds(lambda: target.copy_(source), 10, 2) * 1e3
+
+
+def event_milliseconds(call: Callable, repeat: int, warm: int = 3) -> float:
+    """Median time of a call by the GPU's own clock."""
+    times = []
+    for n in range(repeat + warm):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        if n >= warm:
+            times.append(begin.elapsed_time(end))
+    return statistics.median(times)
+
+
+def graph_milliseconds(calls: list[Callable], repeat: int) -> float:
+    """Median time of a call, all of them in one graph that is replayed."""
+    for call in calls[:3]:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return event_milliseconds(graph.replay, repeat) / len(calls)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -50,6 +82,18 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     size = 8192 if device.type == "cuda" else 512
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     return 2 * size**3 / milliseconds(lambda: a @ b, device, 5, 3) * 1e3
+
+
+def replayed(calls: list[Callable], device: torch.device, repeat: int) -> float:
+    """Milliseconds of a call, many in one graph where there are graphs."""
+    if device.type == "cuda":
+        return graph_milliseconds(calls, repeat)
+
+    def everything() -> None:
+        for call in calls:
+            call()
+
+    return milliseconds(everything, device, repeat) / len(calls)
 
 
 class Peak:

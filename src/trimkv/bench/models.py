@@ -10,8 +10,8 @@ POSITIONS = 2**21  # of what a shape says it can be used for; random weights kno
 GATE_WIDTH = 512  # as in the published gate sets
 
 
-def config_of(shape: str):
-    """The configuration of a shape.
+def config_of(shape: str, layers: int | None = None):
+    """The configuration of a shape, with so many layers instead of its own.
 
     Raises:
         ValueError: an unknown one; the message lists those that are known.
@@ -19,12 +19,15 @@ def config_of(shape: str):
     if shape not in SHAPES:
         raise ValueError(f"unknown shape {shape!r}; known shapes: {', '.join(SHAPES)}")
     sizes = dict(SHAPES[shape])
+    sizes["num_hidden_layers"] = layers or sizes["num_hidden_layers"]
     return AutoConfig.for_model(sizes.pop("model_type"), max_position_embeddings=POSITIONS, **sizes)
 
 
-def build(shape: str, device: str, dtype: torch.dtype, gates: bool = True) -> PreTrainedModel:
+def build(
+    shape: str, device: str, dtype: torch.dtype, gates: bool = True, layers: int | None = None
+) -> PreTrainedModel:
     """A model with random weights and, with ``gates``, with random retention gates. Nothing is downloaded."""
-    config = config_of(shape)
+    config = config_of(shape, layers)
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()

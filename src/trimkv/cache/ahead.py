@@ -20,6 +20,7 @@ class Ahead:
         seen: int32 [L, B]; each store's ``seen`` is a row of it.
         next_slot: int32 [L, B, H], where the next token goes: written by the kernels, and found anew where anything
             else has touched a store.
+        counters: int32 [B * H], zero between launches: who of a head's programs arrives last joins its parts.
         kernels: what does the steps.
         stream: where gates run while a step is captured, beside the projections, which do not wait for them; None
             leaves them where they are.
@@ -34,6 +35,7 @@ class Ahead:
         self.layers = layers
         self.seen = torch.zeros(L, B, dtype=torch.int32, device=device)
         self.next_slot = torch.zeros(L, B, H, dtype=torch.int32, device=device)
+        self.counters = torch.zeros(B * H, dtype=torch.int32, device=device)
         self.slot = self.now = None
         self.stale = True
         self.stream: torch.cuda.Stream | None = None

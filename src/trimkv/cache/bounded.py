@@ -126,7 +126,7 @@ class BoundedCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes held between two forwards by all layers."""
-        ahead = self.ahead.next_slot.nbytes if self.ahead is not None else 0
+        ahead = 0 if self.ahead is None else self.ahead.next_slot.nbytes + self.ahead.counters.nbytes
         return sum(store.nbytes for store in self.stores) + ahead + self._other_bytes
 
     @property

@@ -1,11 +1,12 @@
 """A decode step of a static cache, captured once as a CUDA graph and replayed for ever."""
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 from .bounded import BoundedCache
 from .compiled import compiled_parts
+from .fused_layers import recognise
 
 WARM_UP = 3  # eager steps before the capture: kernels compile and libraries allocate their workspaces
 
@@ -21,21 +22,23 @@ class DecodeStep:
         compile: also torch.compile for the small parts between matrix products (compiled.py). Half a minute's wait
             once, then a fraction of the launches.
         overlap: let gates run beside the projections, as a branch of the graph.
+        fused: whole layers as a few launches each (fused_layers.py), which leaves nothing to ``compile``, ``overlap``.
 
     Raises:
-        ValueError: a cache that is not static.
+        ValueError: a cache that is not static; with ``fused``, a model that is not recognised.
     """
 
-    def __init__(self, model, cache: BoundedCache, compile: bool = False, overlap: bool = False):
+    def __init__(self, model, cache: BoundedCache, compile: bool = False, overlap: bool = False, fused: bool = False):
         if not cache.static:
             raise ValueError("a decode step for ever needs a static cache: make one with bounded_cache(..., rows=R)")
         self.model, self.cache, self.compile = model, cache, compile
+        self.fused = recognise(model, cache.slot_layers[0].policy) if fused else None
         rows, device = len(cache.seen), cache.seen.device
         self.token = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self.active = torch.zeros(rows, 1, dtype=torch.bool, device=device)
         self.logits = self.graph = None
         if device.type == "cuda":
-            if overlap and cache.ahead is not None:
+            if overlap and not fused and cache.ahead is not None:
                 cache.ahead.stream = torch.cuda.Stream(device)
             try:
                 self._capture()
@@ -58,8 +61,13 @@ class DecodeStep:
             self.graph.replay()
         return self.logits
 
+    def _parts(self) -> AbstractContextManager:
+        if self.fused is not None:
+            return self.fused.running()
+        return compiled_parts(self.model) if self.compile else nullcontext()
+
     def _forward(self) -> None:
-        with compiled_parts(self.model) if self.compile else nullcontext():
+        with self._parts():
             out = self.model(self.token, attention_mask=self.active, past_key_values=self.cache, use_cache=True)
         self.logits = out.logits[:, -1]
 

@@ -358,6 +358,7 @@ class BoundedLayer(CacheLayerMixin):
             *(q, k, v, log_beta, ahead.slot[i], ahead.now),
             score=self.policy.search,
             next_slot_BH=ahead.next_slot[i],
+            counters=ahead.counters,
         )
         return got.out[:, :, None]
 

@@ -29,6 +29,7 @@ WHAT = ("decode", "prefill", "attention", "train")
 @click.option("--chunk", type=click.IntRange(min=1), default=4096, show_default=True, help="Of prefill.")
 @click.option("--steps", type=click.IntRange(min=1), default=32, show_default=True, help="Of one timing.")
 @click.option("--compile/--no-compile", default=None, help="Our own decode steps.  [default: on a GPU]")
+@click.option("--fused/--no-fused", default=None, help="Whole layers in our decode steps.  [default: on a GPU]")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True)
 @click.option("--output", metavar="FILE.json", help="Write the JSON to a file as it grows.")
@@ -116,7 +117,8 @@ def _rows(o: SimpleNamespace, where, dtype, bandwidth: float, matmul: float) -> 
         yield from prefill.measure(model, given, matmul)
     else:
         compile = where.type == "cuda" if o.compile is None else o.compile
-        given = decode.Options(contexts, batches, o.budgets[0], systems, o.steps, compile=compile)
+        fused = where.type == "cuda" if o.fused is None else o.fused
+        given = decode.Options(contexts, batches, o.budgets[0], systems, o.steps, compile=compile, fused=fused)
         yield from decode.measure(model, given, bandwidth)
 
 

@@ -50,8 +50,10 @@ class Engine:
         tokenizer: for prompts that are text, and for the text of results; comes with a model given by name.
         max_prompt_tokens: longer prompts are refused; the model's own context by default.
         prefixes: beginnings of prompts that can be kept (``prefix``), each for the memory of a row.
-        compile: torch.compile for the elementwise parts of the model: faster steps, slow first ones.
+        compile: on a GPU, torch.compile for the small parts of the model in captured graphs: a slower start.
         fast_start: on a GPU, capture graphs when they are needed and not all at the start.
+        fused: decode steps with whole layers as a few launches each. None: on a GPU, where the model's layers are
+            recognised; the log says why not.
 
     Raises:
         ValueError: a policy, budget or model that cannot be served in fixed memory, missing gates; the message says
@@ -72,6 +74,7 @@ class Engine:
         prefixes: int = 4,
         compile: bool = False,
         fast_start: bool = False,
+        fused: bool | None = None,
     ):
         for name, value, least in (("rows", rows, 1), ("chunk", chunk, 1), ("prefixes", prefixes, 0)):
             if value < least:
@@ -86,7 +89,7 @@ class Engine:
         context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         self.max_prompt_tokens = max_prompt_tokens or context or 2**31 - 1
         self.max_tokens = None if policy.bounded else budget.tokens  # of a request, where nothing is to be evicted
-        self.runner = Runner(model, policy, budget, rows, chunk, prefixes, compile, fast_start)
+        self.runner = Runner(model, policy, budget, rows, chunk, prefixes, compile, fast_start, fused)
         self.memory = self.runner.memory
         logger.info("engine of %d rows: %s", rows, ", ".join(f"{k} {v:,} B" for k, v in self.memory.items()))
 

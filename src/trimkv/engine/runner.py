@@ -1,6 +1,7 @@
 """The device's side of the engine: reads prompts chunk by chunk and makes one token for every running row."""
 
 import contextlib
+import logging
 from collections import OrderedDict
 
 import torch
@@ -8,14 +9,17 @@ import torch
 from ..budget import Budget
 from ..cache.bounded import RowSnapshot
 from ..cache.build import bounded_cache
+from ..cache.compiled import compiled_parts
+from ..cache.fused_layers import FusedLayers, NotRecognised, recognise
 from ..cache.policies import Policy
 from . import batch
-from .compiled import compile_parts, undo
 from .graphs import Graphs
 from .reports import Reports
 from .request import Request
 from .rows import Rows
 from .sampling import choose
+
+logger = logging.getLogger(__name__)
 
 
 class Runner:
@@ -26,8 +30,12 @@ class Runner:
     Args:
         chunk: tokens of a prompt that one forward takes.
         prefixes: rows that may be kept for later (``keep``).
-        compile: whether to compile the elementwise parts of layers, which takes a while at the first steps.
+        compile: whether to compile the small parts of layers that graphs are made of, which takes a while.
         fast_start: on a GPU, graphs are captured when they are first needed and not all at the start.
+        fused: decode steps with whole layers as a few launches; None: on a GPU, where the model is recognised.
+
+    Raises:
+        ValueError: ``fused`` for a model that is not recognised.
     """
 
     def __init__(
@@ -40,6 +48,7 @@ class Runner:
         prefixes: int = 0,
         compile: bool = False,
         fast_start: bool = False,
+        fused: bool | None = None,
     ):
         self.model, self.num_rows, self.chunk, self.prefixes = model, rows, chunk, prefixes
         self.device, self.on_gpu = model.device, model.device.type == "cuda"
@@ -52,7 +61,7 @@ class Runner:
         self.reports = Reports(rows, self.device)
         self.kept: OrderedDict[tuple[int, ...], RowSnapshot] = OrderedDict()
         self.prompt = torch.empty(0, dtype=torch.int64)  # what is in the staging row, or will be
-        self.parts = compile_parts(model) if compile else []
+        self.compile, self.fused = compile, self._fused(fused)
         self.ids = torch.zeros(1, chunk, dtype=torch.int64, device=self.device)  # a chunk that a graph reads
         self.positions = torch.zeros_like(self.ids)
         self.graphs = self.chunk_graph = None
@@ -61,6 +70,17 @@ class Runner:
             self._warm_up()
         if self.on_gpu and not fast_start:
             self._capture()
+
+    def _fused(self, wanted: bool | None) -> FusedLayers | None:
+        if wanted is False or wanted is None and not self.on_gpu:
+            return None
+        try:
+            return recognise(self.model, self.cache.slot_layers[0].policy)
+        except NotRecognised as error:
+            if wanted:
+                raise
+            logger.info("decode steps are not fused: %s", error)
+            return None
 
     # A prompt.
 
@@ -140,13 +160,14 @@ class Runner:
         whole = size == self.num_rows
         rows = self.rows if whole else self.rows.part(0, size)
         cache = self.cache if whole else batch.first_rows(self.cache, size)
-        logits = self.model(
-            input_ids=rows.token[:, None],
-            position_ids=rows.position[:, None],
-            attention_mask=rows.active[:, None],
-            past_key_values=cache,
-            use_cache=True,
-        ).logits[:, -1]
+        with self.fused.running() if self.fused else contextlib.nullcontext():
+            logits = self.model(
+                input_ids=rows.token[:, None],
+                position_ids=rows.position[:, None],
+                attention_mask=rows.active[:, None],
+                past_key_values=cache,
+                use_cache=True,
+            ).logits[:, -1]
         if not whole:
             batch.count_steps(self.cache, cache)
         rows.advance(*choose(logits, rows, plain))
@@ -180,9 +201,14 @@ class Runner:
         self.rows.active.zero_()
         self.cache.refresh()
         try:
-            yield
+            with self._compiled():
+                yield
         finally:
             self.rows.active.copy_(active)
+
+    def _compiled(self) -> contextlib.AbstractContextManager:
+        """Where graphs are captured, and what they need is made beforehand."""
+        return compiled_parts(self.model) if self.compile else contextlib.nullcontext()
 
     @torch.no_grad()
     def _capture(self) -> None:
@@ -190,9 +216,7 @@ class Runner:
         slots are full: it then does the same with the same shapes, unless a policy looks at each of its queries."""
         self._fill_staging()
         if batch.settled(self.staging) and not self.cache.slot_layers[0].policy.observes:
-            self.chunk_graph = Graphs(
-                lambda: self._read_on(self.ids, self.positions), contextlib.nullcontext, self.graphs.pool
-            )
+            self.chunk_graph = Graphs(lambda: self._read_on(self.ids, self.positions), self._compiled, self.graphs.pool)
             self.chunk_graph.capture()
         self.staging.reset()
         for size in sorted({self._bucket(n + 1) for n in range(self.num_rows)}, reverse=True):
@@ -214,8 +238,9 @@ class Runner:
         taken = [self.staging.snapshot() for _ in range(self.prefixes)]
         del taken
         self.cache.copy_row(self.staging, 0, 0)
-        for plain in (True, False):
-            self._step(self.num_rows, plain)
+        with self._compiled():
+            for plain in (True, False):
+                self._step(self.num_rows, plain)
         self.reset()
 
     # Accounting.
@@ -236,7 +261,6 @@ class Runner:
 
     def close(self) -> None:
         """Gives memory back; the model stays usable."""
-        undo(self.parts)
         self.graphs = self.chunk_graph = None
         self.kept.clear()
         self.cache = self.staging = self.rows = None
