@@ -27,24 +27,29 @@ CASES = [
 ] + ["llama rg3 generate"]
 
 
+def run_in_two(folder, *arguments, **variables):
+    """Runs a script in two processes; fails if one of them does, or if they wait for each other for ever."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
+    paths = os.pathsep.join(str(ROOT / name) for name in ("src", "tests"))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **variables}
+    with (folder / "said").open("w+") as said:
+        started = subprocess.Popen(command, env=environment, stdout=said, stderr=said)
+        try:
+            code = started.wait(timeout=120)
+        except subprocess.TimeoutExpired:
+            started.terminate()  # not killed: a launcher that is leaves its processes behind
+            code = started.wait()
+        said.seek(0)
+        assert code == 0, said.read()
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """Of one process, and of each of two."""
     folder = tmp_path_factory.mktemp("models")
     work.make(folder)
     one = json.loads(json.dumps(work.work(folder, several=False)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    paths = os.pathsep.join(str(ROOT / name) for name in ("src", "tests"))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": paths}
-    with (folder / "errors").open("w+") as errors:
-        started = subprocess.Popen([*command, work.__file__, folder], env=environment, stderr=errors)
-        try:
-            code = started.wait(timeout=120)
-        except subprocess.TimeoutExpired:
-            started.terminate()  # not killed: a launcher that is leaves its processes behind
-            code = started.wait()
-        errors.seek(0)
-        assert code == 0, errors.read()
+    run_in_two(folder, work.__file__, folder, CUDA_VISIBLE_DEVICES="")
     return one, [json.loads((folder / f"result-{rank}.json").read_text()) for rank in (0, 1)]
 
 
@@ -109,3 +114,24 @@ def test_a_whole_model_has_all_heads_here():
     assert ranks_of(model) is None
     assert part_of(model, model.model.layers[0].self_attn, 2) == Part(0, 2, 2)
     assert trimkv.bounded_cache(model, "trimkv", 8).slot_layers[0].facts.first_head == 0
+
+
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+@several
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, two_gpus])])
+def test_the_benchmark_runs_small(tmp_path, device):
+    """So that no minute of two GPUs is lost on it."""
+    small = "--shape tiny --rows 1 2 --context 20 --budget 16 --chunk 8 --steps 4"
+    script = ROOT / "benchmarks" / "tensor_parallel.py"
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
+    run_in_two(tmp_path, script, *small.split(), "--device", device, "--output", tmp_path, **hidden)
+    result = json.loads((tmp_path / f"tensor_parallel_tiny_{device}.json").read_text())
+    assert result["command"].startswith("torchrun --nproc-per-node 2") and result["processes"] == 2
+    assert all(found["tokens"] for found in result["gate"].values())
+    for row in result["rows"]:
+        one, several = row["one"], row["several"]
+        assert several["bytes_per_process"]["slots"] < 0.51 * one["bytes_per_process"]["slots"]
+        assert row["times_as_fast"] == pytest.approx(several["tokens_per_second"] / one["tokens_per_second"], rel=1e-2)
+        assert device == "cuda" or row["same_first_tokens"] == [32] * one["rows"], "fp32 on a CPU"

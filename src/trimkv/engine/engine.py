@@ -119,8 +119,6 @@ class Engine:
         self._queued = self._known = 0  # requests of smaller numbers were added; in all processes
         ranks = ranks_of(model)
         self._together = None if ranks is None else Together(ranks)
-        seed = random.getrandbits(62)
-        self._random = random.Random(seed if ranks is None else self._together.seed(seed))
 
     # Asking.
 
@@ -428,6 +426,8 @@ class Engine:
             self._news.wait(timeout=0.05)
 
     def _drive(self) -> None:
+        if self.runner.on_gpu:
+            torch.cuda.set_device(self.runner.device)  # a new thread begins on the first one
         while not self._closed:
             try:
                 busy = self.step()
@@ -470,7 +470,7 @@ class Engine:
         stops = tuple(dict.fromkeys((*params.stop, *(() if params.ignore_eos else self._ends))))
         if len(stops) > MAX_STOPS:
             raise ValueError(f"{len(stops)} stop tokens, those of the model included; at most {MAX_STOPS} are possible")
-        seed = self._random.getrandbits(63) if params.seed is None else (params.seed + 2**63) % 2**64 - 2**63
+        seed = random.getrandbits(63) if params.seed is None else (params.seed + 2**63) % 2**64 - 2**63
         return Request(next(self._ids), ids, params, stops, seed, self.tokenizer)
 
     def _token_ids(self, prompt: Prompt) -> list[int]:

@@ -1,6 +1,5 @@
 """Several processes that hold a model together make the same steps: before each, the first one says what is in it."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -36,22 +35,15 @@ class Together:
         self.ranks, self.leads = ranks, ranks.number == 0
         self.group = _between_hosts(ranks.group)
 
-    def seed(self, own: int) -> int:
-        """One number for all, below 2^63."""
-        return self._tell([own], 1)[0]
-
     def agree(self, own: Step) -> Step:
         """What the first process says. All processes call this equally often."""
         cancelled = own.cancelled[:MOST_CANCELLED]
         words = [own.known, own.interrupted, own.closed, len(cancelled), *cancelled]
-        known, interrupted, closed, num, *ids = self._tell(words, 4 + MOST_CANCELLED)
-        return Step(known, tuple(ids[:num]), bool(interrupted), bool(closed))
-
-    def _tell(self, words: Sequence[int], size: int) -> list[int]:
-        message = torch.zeros(size, dtype=torch.int64)
+        message = torch.zeros(4 + MOST_CANCELLED, dtype=torch.int64)
         message[: len(words)] = torch.tensor([int(word) for word in words])
         dist.broadcast(message, group=self.group, group_src=0)
-        return message.tolist()
+        known, interrupted, closed, num, *ids = message.tolist()
+        return Step(known, tuple(ids[:num]), bool(interrupted), bool(closed))
 
 
 @cache
