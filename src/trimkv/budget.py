@@ -96,6 +96,8 @@ class Budget:
 def bytes_per_sequence(config, budget: "int | Budget", dtype_bytes: int = 2, state_bytes: int = 4) -> int:
     """Bytes of slots that one sequence takes in all full-attention layers, known before anything is allocated.
 
+    Those of the whole model: where its KV heads are shared out over N processes, each holds an N-th.
+
     Args:
         config: a transformers model configuration.
         budget: tokens per KV head, or a Budget.

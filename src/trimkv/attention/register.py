@@ -35,6 +35,8 @@ def trimkv_attention(
     """
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
+    if hasattr(s_aux, "to_local"):  # a parameter that is sharded by heads, as the queries are
+        s_aux = s_aux.to_local()
     layer = module.__dict__.pop("slots_in_use", None)
     if layer is not None:
         out = layer.attend(module, query, key, value, scaling, softcap, s_aux)

@@ -3,13 +3,14 @@
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
 
 from ..budget import Budget
+from ..ranks import Part, part_of
 from .bounded import BoundedCache
 from .hooks import attention_modules, install
 from .layers import BoundedLayer
 from .policies import POLICIES, Policy, make
 from .rotation import rotation_of
 from .shared import Share, SharedLayer
-from .static import check_static, keys_of
+from .static import check_static, heads_of, keys_of
 
 DEFAULT_CHUNK = 512
 
@@ -26,6 +27,12 @@ def bounded_cache(
     Puts two pre-hooks on the model (``detach`` takes them off) and selects the attention function that reads slots.
     Layers with sliding windows or linear attention keep their own, already bounded, cache layers.
 
+    Tensor parallel, for models that do not fit one GPU: start N processes with torchrun, load the model in each with
+    ``from_pretrained(..., distributed_config=DistributedConfig(tp_plan="auto"))`` (or ``tp_plan="auto"``), and call
+    ``attach`` and this function in all of them, as in one process. Each keeps the slots of its own KV heads: bytes that
+    the cache tells are those of one process, tokens are per head as ever. N must divide the number of KV heads; budgets
+    of scope "layer" and "global", and policies with trained heads of their own, are refused.
+
     Args:
         model: a transformers decoder model.
         policy: a name from ``trimkv policies`` or a Policy.
@@ -40,7 +47,8 @@ def bounded_cache(
             position. Policy full takes the budget for the longest sequence, and its oldest tokens go beyond that.
 
     Raises:
-        ValueError: unknown policy, impossible budget, missing gates, a model that cannot be served from slots.
+        ValueError: unknown policy, impossible budget, missing gates, a model that cannot be served from slots, or whose
+            KV heads cannot be shared out over the processes that hold it.
     """
     policy, budget = make(policy), Budget.of(budget)
     if chunk is not None and chunk < 1:
@@ -91,6 +99,8 @@ def make_layers(model, policy: Policy, budget: Budget, chunk: int | None) -> lis
     missing = [i for i in slot_layers if i not in modules]
     if missing or getattr(config, "kv_lora_rank", None):
         raise ValueError(f"{name} keeps its keys in another form than heads x head_dim; slots cannot serve that yet")
+    parts = {i: part_of(model, modules[i], heads_of(model, modules[i])[0]) for i in slot_layers}
+    _check_parts(parts, policy, budget)
     if "log_beta" in policy.needs:
         bare = [i for i in slot_layers if getattr(modules[i], "retention_gate", None) is None]
         if bare:
@@ -103,8 +113,27 @@ def make_layers(model, policy: Policy, budget: Budget, chunk: int | None) -> lis
     if budget.shared and policy.bounded:
         slots = shared_layers(policy, budget, chunk, slot_layers)
     else:
-        slots = {i: BoundedLayer(policy, budget, chunk, i, turns.get(i)) for i in slot_layers}
+        slots = {i: BoundedLayer(policy, budget, chunk, i, turns.get(i), parts[i]) for i in slot_layers}
     return [slots[i] if i in slots else DYNAMIC_LAYER_TYPE_MAPPING[kind](**options) for i, kind in enumerate(types)]
+
+
+def _check_parts(parts: dict[int, Part], policy: Policy, budget: Budget) -> None:
+    """Refuses what needs all heads of a layer in one process.
+
+    Raises:
+        ValueError: with what to take instead.
+    """
+    if all(part.whole for part in parts.values()):
+        return
+    if budget.shared:
+        raise ValueError(
+            f"budget: heads in different processes cannot share a budget of scope {budget.scope}; use scope head"
+        )
+    if policy.head:
+        raise ValueError(
+            f"policy {policy.name} has trained heads that read all heads of a layer, and here they are shared out over "
+            "processes; choose another policy, or load the model in one process"
+        )
 
 
 def shared_layers(policy: Policy, budget: Budget, chunk: int | None, numbers: list[int]) -> dict[int, SharedLayer]:

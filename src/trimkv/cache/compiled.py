@@ -11,6 +11,8 @@ from contextlib import contextmanager
 
 import torch
 
+from ..ranks import sharded
+
 ROTATION = "apply_rotary_pos_emb"  # in the file of every model that rotates its keys
 
 
@@ -39,4 +41,6 @@ def compiled_parts(model) -> Iterator[None]:
 
 def _is_part(name: str, module: torch.nn.Module) -> bool:
     kind, last = type(module).__name__, name.rsplit(".", 1)[-1]
+    if last == "mlp" and sharded(module) or getattr(module, "sums", False):
+        return False  # sums over processes are not for the compiler
     return kind.endswith(("RMSNorm", "LayerNorm")) or last in ("mlp", "retention_gate")

@@ -17,6 +17,7 @@ from transformers import AttentionInterface
 from ..attention import slots
 from ..linear import products
 from ..linear.products import Normed
+from ..ranks import ranks_of
 
 LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -173,6 +174,8 @@ def recognise(model, policy=None) -> FusedLayers:
         NotRecognised: the model has another shape; the message says in what.
     """
     name = type(model).__name__
+    if ranks_of(model) is not None:
+        raise NotRecognised(f"{name} is sharded over processes, whose sums its launches would leave out")
     if policy is not None and policy.head:
         raise NotRecognised(f"policy {policy.name} reads projections before their rotation")
     try:

@@ -8,6 +8,7 @@ from transformers.cache_utils import CacheLayerMixin
 from ..attention import slots as attention
 from ..attention.slots import NO_TOKEN
 from ..budget import Budget
+from ..ranks import Part
 from . import fused
 from .policies import Policy
 from .rotation import Rotation
@@ -34,6 +35,7 @@ class BoundedLayer(CacheLayerMixin):
             the published timing (a prompt attends in full).
         layer_idx: the layer's number in the model.
         rotation: how it turns keys, for policies that need it.
+        part: which of the layer's KV heads are in this process, where a model is sharded.
     """
 
     is_compileable = False
@@ -41,12 +43,18 @@ class BoundedLayer(CacheLayerMixin):
     is_sliding = False
 
     def __init__(
-        self, policy: Policy, budget: Budget, chunk: int | None, layer_idx: int, rotation: Rotation | None = None
+        self,
+        policy: Policy,
+        budget: Budget,
+        chunk: int | None,
+        layer_idx: int,
+        rotation: Rotation | None = None,
+        part: Part | None = None,
     ):
         super().__init__()
         self.policy, self.budget, self.chunk = policy, budget, chunk
         self.sinks = max(budget.sinks, policy.sinks)
-        self.facts = LayerFacts(layer_idx, budget.tokens, self.sinks, rotation)
+        self.facts = LayerFacts(layer_idx, budget.tokens, self.sinks, rotation, part=part)
         self.recent = budget.recent or min(int(policy.recent_share * budget.tokens), budget.tokens - self.sinks - 1)
         self.store: SlotStore | None = None
         self.static: Keys | None = None  # what was allocated beforehand

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..attention.slots import NO_TOKEN
+from ..ranks import Part
 from .rotation import Rotation
 
 
@@ -20,6 +21,7 @@ class LayerFacts:
         more_follows: whether the prompt goes on after the chunk that is being worked off.
         scaling, softcap, s_aux: how the layer's attention makes its logits, as in ``attention.slots.attend``; known
             from the first forward on.
+        part: which of the layer's KV heads are in this process, where a model is sharded; None = all.
     """
 
     idx: int = 0
@@ -30,6 +32,16 @@ class LayerFacts:
     scaling: float = 1.0
     softcap: float | None = None
     s_aux: torch.Tensor | None = None
+    part: Part | None = None
+
+    @property
+    def first_head(self) -> int:
+        """The number, in the layer, of the first KV head that is here."""
+        return 0 if self.part is None else self.part.first
+
+    def mean_over_heads(self, mean: torch.Tensor) -> torch.Tensor:
+        """The mean over all heads of the layer, in place of one over those that are here."""
+        return mean if self.part is None or self.part.whole else self.part.ranks.mean(mean)
 
 
 @dataclass(frozen=True)

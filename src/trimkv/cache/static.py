@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from ..budget import Budget
+from ..ranks import part_of
 from .policies import Policy
 
 MOVING_ROPE = ("longrope", "dynamic")  # frequencies that depend on how long a sequence is
@@ -15,8 +16,8 @@ class Keys:
     """What the keys and values of one attention module will look like, known before it has run.
 
     Attributes:
-        heads: KV heads.
-        queries: query heads.
+        heads: KV heads that are in this process: all, unless the model is sharded.
+        queries: query heads, likewise.
         key_dim, value_dim: head dims.
         dtype, device: of what the module computes.
     """
@@ -43,23 +44,28 @@ class Keys:
         return same and k_BHTD.dtype == v_BHTD.dtype == self.dtype and k_BHTD.device == self.device
 
 
-def keys_of(model, module) -> Keys:
-    """What an attention module of a stock model will give, from its projections and the model's configuration."""
+def heads_of(model, module) -> tuple[int, int]:
+    """KV heads of a whole attention module, and their dimension."""
     config = model.config.get_text_config(decoder=True)
     queries = config.num_attention_heads
     key_dim = getattr(module, "head_dim", None) or getattr(config, "head_dim", None) or config.hidden_size // queries
-    heads = getattr(config, "num_key_value_heads", None) or queries
-    value_dim = key_dim
     if hasattr(module, "k_proj"):  # some models have other numbers of heads on some layers
-        heads = module.k_proj.out_features // key_dim
-        if hasattr(module, "v_proj"):
-            value_dim = module.v_proj.out_features // heads
+        return module.k_proj.out_features // key_dim, key_dim
+    return getattr(config, "num_key_value_heads", None) or queries, key_dim
+
+
+def keys_of(model, module) -> Keys:
+    """What an attention module of a stock model will give, from its projections and the model's configuration."""
+    queries = model.config.get_text_config(decoder=True).num_attention_heads
+    heads, key_dim = heads_of(model, module)
+    value_dim = module.v_proj.out_features // heads if hasattr(module, "v_proj") else key_dim
+    part = part_of(model, module, heads)
     parameter = next(module.parameters())
     dtype = parameter.dtype if parameter.dtype.is_floating_point else model.dtype
     device = torch.device(getattr(getattr(module, "_hf_hook", None), "execution_device", None) or parameter.device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    return Keys(heads, queries, key_dim, value_dim, dtype, device)
+    return Keys(part.num, queries // heads * part.num, key_dim, value_dim, dtype, device)
 
 
 def check_static(model, policy: Policy, budget: Budget, rows: int, kinds: list[str]) -> None:

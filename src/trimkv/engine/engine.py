@@ -15,15 +15,18 @@ from ..budget import Budget
 from ..cache.build import DEFAULT_CHUNK
 from ..cache.policies import Policy, make
 from ..gates.attach import attach, attention_modules
+from ..ranks import ranks_of
 from . import batch
 from .bar import Bar
 from .interrupt import interruptible
 from .request import MAX_STOPS, REASONS, Request, SamplingParams
 from .runner import Runner
+from .together import Step, Together
 
 logger = logging.getLogger(__name__)
 
 KEPT_RESULTS = 4096  # finished requests that can still be asked for
+PATIENCE = 60.0  # seconds that a process waits for a request that the first one has been given already
 
 Prompt = str | Sequence[int] | torch.Tensor
 
@@ -37,6 +40,14 @@ class Engine:
 
     ``add``, ``cancel``, ``stream`` and ``result`` may be called from any thread. Somebody must call ``step``: those who
     wait for tokens do, unless a thread was started for it (``start``).
+
+    Tensor parallel, for models that do not fit one GPU: start N processes with torchrun, load the model in each with
+    ``from_pretrained(..., distributed_config=DistributedConfig(tp_plan="auto"))`` (or ``tp_plan="auto"``), and run the
+    same program in all: the same engine, the same requests added in the same order by one thread. Each process keeps
+    the slots of its own KV heads (``memory`` is that of one process) and all get all tokens. The first process decides
+    where time does: when a request is begun or cancelled, and whether Ctrl-C was pressed. A step that fails in one
+    process would leave the others waiting, so there it ends the engine: let the program end, and torchrun ends the
+    others.
 
     Args:
         model: a transformers decoder model whose layers all have full attention; or a hub id, a folder or the alias
@@ -104,7 +115,13 @@ class Engine:
         self._stepping = threading.Lock()  # held by whoever uses the device
         self._listeners: dict[object, None] = {}
         self._thread: threading.Thread | None = None
-        self._closed = False
+        self._closed = self._closing = self._given_back = False
+        self._told_to_stop = False  # the first process has seen Ctrl-C
+        self._pressed = lambda: False  # whether this one has
+        self._cancelled: list[int] = []  # to be told to all processes
+        self._queued = self._known = 0  # requests of smaller numbers were added; in all processes
+        ranks = ranks_of(model)
+        self._together = None if ranks is None else Together(ranks)
 
     # Asking.
 
@@ -125,7 +142,7 @@ class Engine:
             request = self._find(id)
             if request.done:
                 return False
-            self._finish(request, "cancelled")
+            self._cancel(request)
             return True
 
     def prefix(self, prompt: Prompt) -> int:
@@ -219,18 +236,22 @@ class Engine:
         if len(params) != len(prompts):
             raise ValueError(f"{len(params)} sampling parameters for {len(prompts)} prompts: give one, or one for each")
         requests = [self._request(prompt, one) for prompt, one in zip(prompts, params, strict=True)]
+        progress = progress and (self._together is None or self._together.leads)
         with interruptible() as pressed, Bar(requests, progress) as bar:
+            self._told_to_stop, self._pressed = False, pressed
             try:
                 self._queue(requests)
                 while not bar.update():
                     self._advance()
-                    if pressed():
+                    if self._told_to_stop if self._together else pressed():
                         raise KeyboardInterrupt
             except BaseException:
                 with self._news:
                     for request in requests:
-                        self._finish(request, "cancelled")
+                        self._cancel(request)
                 raise
+            finally:
+                self._pressed = lambda: False
         return requests
 
     # Working.
@@ -249,6 +270,8 @@ class Engine:
             if self._closed:
                 return False
             try:
+                if self._together is not None and not self._agree():
+                    return False
                 self._sweep()
                 self._read_prompt()
                 launched = any(self._running)
@@ -256,7 +279,10 @@ class Engine:
                     self.runner.decode(self._running)
                 self._collect(all_of_them=not launched)
             except BaseException as error:
-                self._abandon(error)
+                if self._together is None:
+                    self._abandon(error)
+                else:
+                    self._end("error", f"{type(error).__name__}: {error}")
                 raise
             finally:
                 self._tell()
@@ -271,12 +297,16 @@ class Engine:
 
     def close(self) -> None:
         """Cancels everything and gives memory back. The model stays usable."""
+        if self._together is not None and self._thread is not None:
+            with self._news:  # the threads of all processes stop at the same step
+                self._closing = True
+                self._news.notify_all()
+            self._thread.join()
         with self._news:
-            if self._closed:
+            if self._given_back:
                 return
-            self._closed = True
-            for request in list(self._requests.values()):
-                self._finish(request, "cancelled")
+            self._given_back = True
+            self._end("cancelled")
         self._tell()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
@@ -290,6 +320,25 @@ class Engine:
         self.close()
 
     # The parts of a step.
+
+    def _agree(self) -> bool:
+        """Hears what the first process puts into this step. Returns whether there is one."""
+        with self._news:
+            self._cancelled = [id for id in self._cancelled if id in self._requests and not self._requests[id].done]
+            own = Step(self._queued, tuple(self._cancelled), self._pressed(), self._closing)
+        step = self._together.agree(own)
+        with self._news:
+            if not self._news.wait_for(lambda: self._queued >= step.known, PATIENCE):
+                raise RuntimeError(
+                    f"request {step.known - 1} was added in the first process and not in process "
+                    f"{self._together.ranks.number}: add the same requests in the same order in all of them"
+                )
+            self._known, self._told_to_stop = step.known, self._told_to_stop or step.interrupted
+            for id in step.cancelled:
+                self._finish(self._find(id), "cancelled")
+            if step.closed:
+                self._end("cancelled")
+        return not step.closed
 
     def _sweep(self) -> None:
         """Frees the rows of requests that are over."""
@@ -314,6 +363,8 @@ class Engine:
             whole = end == len(request.prompt)
             logits = self.runner.read(self._fed, end, more=not whole or request.is_prefix)
         except Exception as error:  # one prompt's: the rows of the others were not touched
+            if self._together is not None:
+                raise
             logger.exception("request %d failed", request.id)
             self._reading = None
             with self._news:
@@ -338,9 +389,11 @@ class Engine:
     def _next(self) -> Request | None:
         """Takes the first of the queue, if it has a row to go to."""
         with self._news:
-            if not self._waiting or not (self._waiting[0].is_prefix or None in self._running):
+            known = (one for one in self._waiting if self._together is None or one.id < self._known)
+            request = next(known, None)
+            if request is None or not (request.is_prefix or None in self._running):
                 return None
-            request = self._waiting.popleft()
+            self._waiting.remove(request)
             request.begin()
             return request
 
@@ -376,6 +429,8 @@ class Engine:
             self._news.wait(timeout=0.05)
 
     def _drive(self) -> None:
+        if self.runner.on_gpu:
+            torch.cuda.set_device(self.runner.device)  # a new thread begins on the first one
         while not self._closed:
             try:
                 busy = self.step()
@@ -386,7 +441,7 @@ class Engine:
                 continue
             if not busy:
                 with self._news:
-                    self._news.wait_for(lambda: self._closed or self._waiting)
+                    self._news.wait_for(lambda: self._closed or self._closing or self._waiting)
 
     def _tell(self) -> None:
         with self._news:
@@ -439,6 +494,7 @@ class Engine:
                 raise ValueError("the engine is closed")
             for request in requests:
                 self._requests[request.id] = request
+                self._queued = request.id + 1
                 if request.params.max_new_tokens == 0:
                     self._finish(request, "length")
                 elif first:
@@ -451,6 +507,20 @@ class Engine:
         if id not in self._requests:
             raise ValueError(f"no request {id}: never added, or finished long ago")
         return self._requests[id]
+
+    def _cancel(self, request: Request) -> None:
+        """Ends a request, or sees to it that all processes do in the same step; called with ``_news`` held."""
+        if self._together is None:
+            self._finish(request, "cancelled")
+        elif not request.done and self._together.leads:
+            self._cancelled.append(request.id)
+
+    def _end(self, reason: str, error: str | None = None) -> None:
+        """Takes nothing any more, and ends all requests."""
+        with self._news:
+            self._closed = True
+            for request in list(self._requests.values()):
+                self._finish(request, reason, error)
 
     def _finish(self, request: Request, reason: str, error: str | None = None) -> None:
         """Ends a request that is not over; called with ``_news`` held."""

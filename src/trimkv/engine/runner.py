@@ -12,6 +12,7 @@ from ..cache.build import bounded_cache
 from ..cache.compiled import compiled_parts
 from ..cache.fused_layers import FusedLayers, NotRecognised, recognise
 from ..cache.policies import Policy
+from ..ranks import local_nbytes, ranks_of
 from . import batch
 from .graphs import Graphs
 from .reports import Reports
@@ -51,6 +52,7 @@ class Runner:
         fused: bool | None = None,
     ):
         self.model, self.num_rows, self.chunk, self.prefixes = model, rows, chunk, prefixes
+        self.ranks = ranks_of(model)
         self.device, self.on_gpu = model.device, model.device.type == "cuda"
         self.lag = int(self.on_gpu)  # steps whose results are not waited for
         self.few_sizes = self.on_gpu  # a size is a graph there; on a CPU every row costs
@@ -132,7 +134,7 @@ class Runner:
         self.cache.copy_row(self.staging, 0, row)
         self.rows.place(row, request, self.prompt)
         own = self.rows.part(row, row + 1)
-        own.advance(*choose(logits_1V, own, request.params.plain))
+        own.advance(*self._choose(logits_1V, own, request.params.plain))
         self.reports.send(own.report, (request,))
 
     @torch.no_grad()
@@ -170,7 +172,15 @@ class Runner:
             ).logits[:, -1]
         if not whole:
             batch.count_steps(self.cache, cache)
-        rows.advance(*choose(logits, rows, plain))
+        rows.advance(*self._choose(logits, rows, plain))
+
+    def _choose(self, logits_BV: torch.Tensor, rows: Rows, plain: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """``choose``; where several processes hold the model, the first one's choice counts for all."""
+        token, sound = choose(logits_BV, rows, plain)
+        if self.ranks is None:
+            return token, sound
+        token, sound = self.ranks.first(torch.stack([token, sound.long()]))
+        return token, sound.bool()
 
     def _bucket(self, rows: int) -> int:
         """Rows that a step takes for so many."""
@@ -247,11 +257,11 @@ class Runner:
 
     @property
     def memory(self) -> dict[str, int]:
-        """Bytes by purpose: what is allocated, and at most for prefixes and logits."""
+        """Bytes by purpose, in this process: what is allocated, and at most for prefixes and logits."""
         row = self.staging.nbytes
         logits = self.num_rows * self.vocabulary * self.model.dtype.itemsize
         return {
-            "weights": sum(p.nbytes for p in (*self.model.parameters(), *self.model.buffers())),
+            "weights": sum(local_nbytes(p) for p in (*self.model.parameters(), *self.model.buffers())),
             "slots": self.cache.nbytes,
             "staging": row,
             "prefixes": self.prefixes * row,

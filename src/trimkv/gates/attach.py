@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from ..ranks import part_of
 from .files import GateSet, bundled, load_gates
 from .gate import RetentionGate, output_bias
 
@@ -21,6 +22,9 @@ def attach(model, gates: str | Path | GateSet = "bundled"):
     a bounded cache it does nothing. Attaching again replaces the gates. If anything does not fit, the model stays as it
     was.
 
+    On a model that transformers has sharded over processes (tensor parallel), call this in all of them with the same
+    gates: each takes what belongs to its own KV heads.
+
     Args:
         model: a transformers decoder model.
         gates: "bundled", a folder, a repository on the hub, or a GateSet.
@@ -29,7 +33,8 @@ def attach(model, gates: str | Path | GateSet = "bundled"):
         The model.
 
     Raises:
-        ValueError: gates that cannot be read or do not fit the model; the message names both.
+        ValueError: gates that cannot be read or do not fit the model; the message names both. KV heads that cannot be
+            shared out over the processes.
     """
     gates = _resolve(model, gates)
     modules = attention_modules(model)
@@ -139,15 +144,19 @@ def _build(model, modules: dict, gates: GateSet) -> dict[int, RetentionGate]:
     built = {}
     for i, module in modules.items():
         shape = _shape(model, module)
-        gate = RetentionGate(gates.kind(shape["hidden_size"]), **shape, intermediate_size=gates.intermediate_size)
-        for parameter, own in gate.state_dict().items():
+        kind, width = gates.kind(shape["hidden_size"]), gates.intermediate_size
+        with torch.device("meta"):
+            whole = RetentionGate(kind, **shape, intermediate_size=width)
+        for parameter, own in whole.state_dict().items():
             given = gates.layers[i][parameter]
             if given.shape != own.shape:
                 raise ValueError(
                     f"gates in {gates.source} (for {gates.base_model or 'an unnamed model'}) do not fit {name}: "
                     f"layer {i} {parameter} is {list(given.shape)}, the model needs {list(own.shape)}"
                 )
-        gate.load_state_dict(gates.layers[i])
+        part = part_of(model, module, shape["num_heads"])
+        gate = RetentionGate(kind, **shape, intermediate_size=width, part=part)
+        gate.load_state_dict({name: gate.local(name, t) for name, t in gates.layers[i].items()})
         device, dtype = _place(module)
         built[i] = gate.to(device=device, dtype=dtype).requires_grad_(False).eval()
     return built

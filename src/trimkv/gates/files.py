@@ -70,7 +70,7 @@ def save_gates(gates, folder: str | Path, **meta) -> Path:
         meta: provenance, added to what the gate set knows already.
 
     Raises:
-        ValueError: a model without gates.
+        ValueError: a model without gates, or one that is sharded.
     """
     from safetensors.torch import save_file
 
@@ -101,6 +101,8 @@ def collect(model) -> GateSet:
     meta = {}
     for name, module in model.named_modules():
         if name.endswith("self_attn") and getattr(module, "retention_gate", None) is not None:
+            if not module.retention_gate.part.whole:
+                raise ValueError("each process has the gates of its own KV heads; save gates of a model that is whole")
             layers[module.layer_idx] = dict(module.retention_gate.state_dict())
             meta["gate"] = module.retention_gate.kind
     if not layers:

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
 
+from ..ranks import Part
+
 KINDS = ("rg", "rg2", "rg3")
 
 
@@ -27,6 +29,10 @@ class RetentionGate(nn.Module):
         num_heads, head_dim: H and D of keys and values.
         intermediate_size: I, width of the MLP.
         activation: name of the base model's activation.
+        part: which of the KV heads this gate serves, where a model is sharded by heads; None for all. Its parameters
+            are then a part of a gate's too (``local``): the last matrix and the output bias have the rows of its heads;
+            for rg2 and rg3, which read keys and values, the first matrix has their columns, and the processes add up
+            what each makes of its own.
     """
 
     def __init__(
@@ -37,11 +43,14 @@ class RetentionGate(nn.Module):
         head_dim: int,
         intermediate_size: int = 512,
         activation: str = "silu",
+        part: Part | None = None,
     ):
         super().__init__()
         if kind not in KINDS:
             raise ValueError(f"unknown gate kind {kind!r}; known kinds: {', '.join(KINDS)}")
         self.kind, self.reads_keys = kind, kind != "rg"
+        self.part = Part(0, num_heads, num_heads) if part is None else part
+        num_heads = self.part.num
         inputs = 2 * head_dim * num_heads if self.reads_keys else hidden_size
         if kind == "rg3":
             self.gate_proj = nn.Linear(inputs, intermediate_size, bias=False)
@@ -58,6 +67,7 @@ class RetentionGate(nn.Module):
 
         Args:
             inputs: hidden states [B, T, E] for rg; rotated keys and values [B, H, T, D] each for rg2 and rg3.
+                H are the heads of this process.
         """
         if self.reads_keys:
             x = torch.cat(inputs, -1).transpose(1, 2).flatten(2)
@@ -65,13 +75,39 @@ class RetentionGate(nn.Module):
             (x,) = inputs
         if self.kind == "rg3":
             x = x.to(self.gate_proj.weight)
-            x, last = self.activation(self.gate_proj(x)) * self.up_proj(x), self.down_proj
+            gate, up = self._first(x, self.gate_proj, self.up_proj)
+            x, last = self.activation(gate) * up, self.down_proj
         else:
-            x, last = self.activation(self.linear1(x.to(self.linear1.weight))), self.linear2
+            (x,) = self._first(x.to(self.linear1.weight), self.linear1)
+            x, last = self.activation(x), self.linear2
         with torch.autocast(x.device.type, enabled=False):  # mixed-precision training would make it bf16 again
             z = F.linear(x.float(), last.weight.float()) + self.bias.float()
         # logsigmoid(z), spelt so that a decode step's handful of numbers does not wake torch's thread pool on a CPU.
         return -F.softplus(-z).transpose(1, 2)
+
+    @property
+    def sums(self) -> bool:
+        """Whether processes have to add up what they make of their heads' keys and values."""
+        return self.reads_keys and not self.part.whole
+
+    def _first(self, x: torch.Tensor, *linears: nn.Linear) -> list[torch.Tensor]:
+        """The first matrix products."""
+        if not self.sums:
+            return [linear(x) for linear in linears]
+        mine = torch.cat([F.linear(x, linear.weight).float() for linear in linears], -1)
+        parts = self.part.ranks.sum(mine).chunk(len(linears), -1)
+        return [
+            y.to(x.dtype) if linear.bias is None else y.to(x.dtype) + linear.bias
+            for y, linear in zip(parts, linears, strict=True)
+        ]
+
+    def local(self, name: str, parameter: torch.Tensor) -> torch.Tensor:
+        """What this gate has of a parameter of a gate for all heads."""
+        if name in ("linear2.weight", "down_proj.weight", "bias"):
+            return self.part.slice(parameter)
+        if self.reads_keys and name in ("linear1.weight", "gate_proj.weight", "up_proj.weight"):
+            return self.part.slice(parameter, 1)
+        return parameter
 
     def initialise(self, training_length: int, std: float = 0.02, generator: torch.Generator | None = None) -> None:
         """Fresh weights for training on sequences of ``training_length`` tokens."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from ..ranks import part_of
 from .attach import _name, _place, _same_model, _shape, _span, attention_modules
 from .files import _read_json, _read_safetensors
 from .heads import BlockGate, RetainingHead
@@ -49,10 +50,16 @@ def attach_heads(model, heads: "str | Path | HeadSet"):
         The model.
 
     Raises:
-        ValueError: heads that cannot be read or do not fit the model; the message names both.
+        ValueError: heads that cannot be read or do not fit the model; the message names both. A model whose KV heads
+            are shared out over processes (tensor parallel).
     """
     heads = _resolve(model, heads)
     modules = attention_modules(model)
+    if any(not part_of(model, one, _shape(model, one)["num_heads"]).whole for one in modules.values()):
+        raise ValueError(
+            f"{heads.kind} heads read all heads of a layer, and those of {_name(model)} are shared out over processes: "
+            "load the model in one process, or take a policy without such heads"
+        )
     if sorted(heads.layers) != sorted(modules):
         raise ValueError(
             f"heads in {heads.source} are for layers {_span(heads.layers)}, {_name(model)} has full attention on "

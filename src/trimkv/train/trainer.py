@@ -13,6 +13,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from ..gates.attach import attach, attention_modules, new_gates
 from ..gates.files import GateSet, load_gates, save_gates
+from ..ranks import ranks_of
 from .config import GateConfig
 from .data import collate
 from .student import Student
@@ -192,11 +193,13 @@ def train(
         steps), output, history (one entry per step of this run).
 
     Raises:
-        ValueError: a model without layers for gates; gates that do not fit; nothing to resume from, or a checkpoint of
-            another model or training.
+        ValueError: a model without layers for gates, or one that is sharded over processes; gates that do not fit;
+            nothing to resume from, or a checkpoint of another model or training.
         SaveError: a checkpoint or the result could not be written.
     """
     checkpoint = checkpoint_in(output, resume)
+    if ranks_of(model) is not None:
+        raise ValueError("gates are trained on a model that is whole in each process; load it without a tp_plan")
     if not attention_modules(model):
         raise ValueError(f"{type(model).__name__} has no full-attention layers that gates are known for")
     if checkpoint is not None:

@@ -63,6 +63,9 @@ class Policy:
             score is then made of position and state alone, and the policy does not observe: ``score`` gets ``slots``
             without keys and values, of whatever heads.
 
+    Where a model is sharded by heads, a policy sees the heads of its process: H is their number, and
+    ``slots.layer`` says which they are (``first_head``) and makes means over all (``mean_over_heads``).
+
     And in words, for ``trimkv policies``: formula, evicts, peak_decode, peak_prefill (the most tokens attended to), and
     deviations (from the source, with the reason).
     """

@@ -33,6 +33,7 @@ class Random(Policy):
 
     def score(self, slots, now_B11):
         head = torch.arange(slots.position.shape[1], device=slots.position.device)[None, :, None]
+        head = head + slots.layer.first_head
         x = _mix(slots.position.to(torch.int64) + _int64(_GOLDEN * (self.seed + 1)))
         x = _mix(x + _GOLDEN * (head + slots.layer.idx * 65537 + 1))
         x = _mix(x + _GOLDEN * now_B11.to(torch.int64))

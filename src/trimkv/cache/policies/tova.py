@@ -6,7 +6,8 @@ from .base import Policy, Published
 class Tova(Policy):
     """Keeps what the last query attended to, averaged over all query heads: one set for all heads of a layer.
 
-    All KV heads hold the same tokens in the same slots, so that a mean over slots is one over tokens.
+    All KV heads hold the same tokens in the same slots, so that a mean over slots is one over tokens. Where heads are
+    shared out over processes, the mean is made over all of them, once per layer and step.
     """
 
     name = "tova"
@@ -22,7 +23,8 @@ class Tova(Policy):
 
     def observe(self, slots, seen):
         weight = slots.state["weight"]
-        weight.copy_(seen.where_real(seen.last_mean()[:, None].expand_as(weight), weight))
+        mean = slots.layer.mean_over_heads(seen.last_mean())
+        weight.copy_(seen.where_real(mean[:, None].expand_as(weight), weight))
 
     def score(self, slots, now_B11):
         return slots.state["weight"].masked_fill(slots.position == now_B11 - 1, float("inf"))
