@@ -132,6 +132,7 @@ def refusals(folder: Path) -> dict[str, str]:
         "heads": lambda: attach_heads(model, new_heads(model, "locret", width=16)),
         "locret": lambda: trimkv.bounded_cache(model, "locret", 8),
         "save": lambda: save_gates(model, folder / "never"),
+        "fused": lambda: Engine(model, "trimkv", 8, fused=True),
         "mqa cache": lambda: trimkv.bounded_cache(mqa, "streaming_llm", 8),
         "mqa engine": lambda: Engine(mqa, "streaming_llm", 8),
         "mqa gates": lambda: trimkv.attach(mqa, new_gates(mqa, intermediate_size=16)),

@@ -99,6 +99,7 @@ def test_draws_threads_cancelling_and_ctrl_c_are_the_same_step_everywhere(result
         ("heads", "load the model in one process"),
         ("locret", "choose another policy"),
         ("save", "save gates of a model that is whole"),
+        ("fused", "is sharded over processes"),
         ("mqa cache", "1 KV heads, which cannot be shared out over 2 processes"),
         ("mqa engine", "1 KV heads, which cannot be shared out over 2 processes"),
         ("mqa gates", "1 KV heads, which cannot be shared out over 2 processes"),
