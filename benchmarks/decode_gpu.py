@@ -5,12 +5,11 @@
     python benchmarks/decode_gpu.py --parts kernel,step --shape tiny --budget 16 --context 40    # a quick look
 
 Each part is measured as ``trimkv bench`` measures, one after the other: an error in one leaves the others be, and the
-file is written after every row. Its folder is $OUT, else benchmarks/results.
+file is written after every row.
 """
 
 import argparse
 import json
-import os
 import sys
 import time
 import traceback
@@ -48,9 +47,8 @@ class Run:
             "matmul_rate": self.matmul,
             "parts": {},
         }
-        folder = Path(os.environ.get("OUT") or RESULTS)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "decode_gpu.json"
+        args.output.mkdir(parents=True, exist_ok=True)
+        self.path = args.output / f"{args.name}.json"
         self._model = None
 
     @property
@@ -183,6 +181,8 @@ def main():
     parser.add_argument("--context", type=int, default=32_786)
     parser.add_argument("--prompt", type=int, default=131_072)
     parser.add_argument("--sweep", action="store_true", help="of part linear: other blocks, at 8 and 64 rows")
+    parser.add_argument("--name", default="decode_gpu", help="of the file")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the file")
     args = parser.parse_args()
     names = args.parts.split(",")
     unknown = [name for name in names if name not in PARTS]
