@@ -9,6 +9,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from transformers.generation.streamers import BaseStreamer
 
 from ..cache.prefill import prefill
+from ..engine.request import end_tokens
 
 
 @dataclass
@@ -101,14 +102,7 @@ def answer(
     )
 
 
-def end_tokens(model, tokenizer) -> set[int]:
-    """The tokens that end an answer. Chat models often name the end of a turn only in the tokenizer."""
-    ends = model.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
-    return {end for end in ends if end is not None}
-
-
-def _config(sampling: Sampling, ends: set[int], tokenizer) -> GenerationConfig:
+def _config(sampling: Sampling, ends: tuple[int, ...], tokenizer) -> GenerationConfig:
     drawn = sampling.temperature > 0
     pad = tokenizer.pad_token_id
     return GenerationConfig(

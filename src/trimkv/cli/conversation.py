@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from .answer import Answer, Sampling, answer, end_tokens
+from ..engine.request import end_tokens
+from .answer import Answer, Sampling, answer
 from .turns import encode, first_turn, next_turn
 
 

@@ -19,7 +19,7 @@ from ..ranks import ranks_of
 from . import batch
 from .bar import Bar
 from .interrupt import interruptible
-from .request import MAX_STOPS, REASONS, Request, SamplingParams
+from .request import MAX_STOPS, REASONS, Request, SamplingParams, end_tokens
 from .runner import Runner
 from .together import Step, Together
 
@@ -104,7 +104,7 @@ class Engine:
         self.memory = self.runner.memory
         logger.info("engine of %d rows: %s", rows, ", ".join(f"{k} {v:,} B" for k, v in self.memory.items()))
 
-        self._ends = _end_tokens(model, tokenizer)
+        self._ends = end_tokens(model, tokenizer)
         self._running: list[Request | None] = [None] * rows
         self._reading: Request | None = None  # the request whose prompt is in the staging row
         self._fed: int | None = None  # tokens of it that are there; None before the first chunk
@@ -546,10 +546,3 @@ def _load(name: str, tokenizer):
     place, on_gpu = embedded.resolve(name), torch.cuda.is_available()
     model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.bfloat16 if on_gpu else torch.float32)
     return model.to("cuda" if on_gpu else "cpu"), tokenizer or AutoTokenizer.from_pretrained(place)
-
-
-def _end_tokens(model, tokenizer) -> tuple[int, ...]:
-    """Tokens that end an answer. Chat models often name the end of a turn only in the tokenizer."""
-    ends = model.generation_config.eos_token_id
-    ends = (*(ends if isinstance(ends, list) else [ends]), getattr(tokenizer, "eos_token_id", None))
-    return tuple(dict.fromkeys(end for end in ends if end is not None))

@@ -115,3 +115,10 @@ class Request:
         if not self.done:
             self.finished, self.error = time.perf_counter(), error
             self.status, self.finish_reason = "finished", reason
+
+
+def end_tokens(model, tokenizer) -> tuple[int, ...]:
+    """Tokens that end an answer. Chat models often name the end of a turn only in the tokenizer."""
+    ends = model.generation_config.eos_token_id
+    ends = (*(ends if isinstance(ends, list) else [ends]), getattr(tokenizer, "eos_token_id", None))
+    return tuple(dict.fromkeys(end for end in ends if end is not None))
