@@ -8,7 +8,6 @@ Nothing is timed unless the kernels' outputs and gradients equal the torch path'
 """
 
 import argparse
-import statistics
 import sys
 import time
 
@@ -19,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trimkv.attention.decay import decayed_attention
 from trimkv.attention.retention_sum import retention_sum
+from trimkv.bench.measure import event_milliseconds
 
 SHAPES = {  # rows, tokens, query heads, KV heads, head dim
     "long": (1, 16384, 32, 8, 128),
@@ -56,28 +56,13 @@ def gate(B, T, Q, H, D) -> float:
     return worst
 
 
-def milliseconds(run, repeat: int) -> float:
-    """Median of single runs by the device's clock."""
-    for _ in range(3):
-        run()
-    times = []
-    for _ in range(repeat):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times)
-
-
 def timed(attend, tensors, dout, repeat: int) -> dict:
     def both():
         torch.autograd.grad(attend(), tensors, dout)
 
     with torch.no_grad():
-        forward = milliseconds(attend, repeat)
-    return {"forward_ms": round(forward, 3), "forward_backward_ms": round(milliseconds(both, repeat), 3)}
+        forward = event_milliseconds(attend, repeat)
+    return {"forward_ms": round(forward, 3), "forward_backward_ms": round(event_milliseconds(both, repeat), 3)}
 
 
 def measure(shape, repeat: int) -> dict:
@@ -163,7 +148,10 @@ def growth() -> dict:
         torch.cuda.reset_peak_memory_stats()
         run()
         peak = torch.cuda.max_memory_allocated() - before
-        found[T] = {"mb_above_inputs": round(peak / 1e6, 1), "forward_backward_ms": round(milliseconds(run, 3), 2)}
+        found[T] = {
+            "mb_above_inputs": round(peak / 1e6, 1),
+            "forward_backward_ms": round(event_milliseconds(run, 3), 2),
+        }
     return found
 
 

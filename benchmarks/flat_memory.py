@@ -10,12 +10,13 @@ import sys
 import time
 
 import torch
-from record import resident_bytes, save
+from record import save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
 import trimkv
 from trimkv import embedded
+from trimkv.bench.measure import resident_bytes
 
 
 class Meter(BaseStreamer):

@@ -15,40 +15,26 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 from record import save
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import trimkv
+from trimkv.bench.models import build
+from trimkv.bench.shapes import SHAPES
 from trimkv.gates.attach import new_gates
 from trimkv.train.config import GateConfig
 from trimkv.train.student import Student
 
-QWEN3_4B = {
-    "hidden_size": 2560,
-    "intermediate_size": 9728,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 151936,
-    "max_position_embeddings": 262144,
-    "rope_theta": 5e6,
-    "tie_word_embeddings": True,
-}
+SHAPE = "qwen3-4b"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=131072)
-    parser.add_argument("--layers", type=int, default=QWEN3_4B["num_hidden_layers"])
+    parser.add_argument("--layers", type=int, default=SHAPES[SHAPE]["num_hidden_layers"])
     parser.add_argument("--name", default="long_sequence")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("this measures training on a GPU: no CUDA device found")
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        model = Qwen3ForCausalLM(Qwen3Config(**{**QWEN3_4B, "num_hidden_layers": args.layers}))
-    torch.set_default_dtype(torch.float32)
+    model = build(SHAPE, "cuda", torch.bfloat16, gates=False, layers=args.layers)
     config = GateConfig.paper(context=args.tokens, budget=4096)
     trimkv.attach(model, new_gates(model, "rg", config.intermediate_size, args.tokens))
     weights_gb = torch.cuda.memory_allocated() / 1e9
@@ -57,7 +43,7 @@ def main():
     student.begin_step(0)
     parameters = sum(student.gate_parameters(), [])
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, eps=config.epsilon)
-    ids = torch.randint(0, QWEN3_4B["vocab_size"], (1, args.tokens), device="cuda")
+    ids = torch.randint(0, model.config.vocab_size, (1, args.tokens), device="cuda")
     short = student(ids[:, :2048])  # compiles the kernels
     short["loss"].backward()
     optimizer.zero_grad()
@@ -76,7 +62,7 @@ def main():
         sys.exit(f"the gradient's norm is {norm}: no numbers")
     result = {
         "tokens": args.tokens,
-        "shape": {**QWEN3_4B, "num_hidden_layers": args.layers},
+        "shape": {**SHAPES[SHAPE], "num_hidden_layers": args.layers},
         "weights_gb": round(weights_gb, 1),
         "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1),
         "forward_seconds": round(forward - begin, 1),

@@ -1,7 +1,6 @@
 """Writes a measurement with what is needed to judge it: hardware, versions, commit, command."""
 
 import json
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -20,8 +19,3 @@ def save(name: str, result: dict, folder: Path | None = None) -> dict:
     (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
     return result
-
-
-def resident_bytes() -> int:
-    """Memory of this process now (Linux)."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

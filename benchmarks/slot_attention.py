@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from record import save
 
 from trimkv.attention import slots, slots_triton
+from trimkv.attention.reference import relative_error
 from trimkv.bench.measure import copy_bandwidth, graph_milliseconds
 
 H, G, D = 8, 4, 128
@@ -46,10 +47,6 @@ def step(B: int, M: int) -> dict:
     )
 
 
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return ((a.float() - b.float()).norm() / b.float().norm()).item()
-
-
 def expect(good: bool, what: str) -> None:
     if not good:
         sys.exit(f"wrong: {what}. No times.")
@@ -62,7 +59,7 @@ def gate_decode(B: int, M: int) -> float:
     pair = [{name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in given.items()} for _ in range(2)]
     got = slots_triton.decode(*pair[0].values(), sinks=4, recent=8)
     truth = slots_triton.decode_reference(*pair[1].values(), sinks=4, recent=8)
-    error = relative(got.out, truth.out)
+    error = relative_error(got.out, truth.out)
     expect(error < TOLERANCE, f"output at B {B} M {M}, relative error {error:.1e}")
     expect(torch.equal(got.next_slot, truth.next_slot), f"next slot at B {B} M {M}")
     expect(all(torch.equal(pair[0][n], pair[1][n]) for n in slots_triton.STORE), f"store at B {B} M {M}")
@@ -156,7 +153,7 @@ def measure_chunk(B: int, T: int, M: int, repeat: int) -> dict:
 
     out, _ = slots_triton.attend_chunk(*arguments)
     truth, _ = slots_triton.attend_chunk_reference(*arguments)
-    error = relative(out, truth)
+    error = relative_error(out, truth)
     expect(error < TOLERANCE, f"chunk at B {B} T {T} M {M}, relative error {error:.1e}")
     copied = together()
     calls = {

@@ -6,16 +6,8 @@ import torch
 from attention import test_slots_triton as shared
 
 slots_triton = shared.slots_triton
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("true_fp32")]
 poisoned_memory = shared.poisoned_memory
-
-
-@pytest.fixture(autouse=True)
-def true_fp32():
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 @pytest.mark.parametrize("any_empty", [False, True])

@@ -13,6 +13,7 @@ from trimkv.cache.policies import POLICIES
 BOUNDED = [name for name, cls in POLICIES.items() if cls.bounded and not cls.head]
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.usefixtures("true_fp32"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 
@@ -21,14 +22,6 @@ pytestmark = [
 def model():
     sizes = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 1024}
     return tiny.gated("qwen3", num_hidden_layers=2, **sizes).cuda()
-
-
-@pytest.fixture(autouse=True)
-def true_fp32():
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def kept(cache):

@@ -125,3 +125,10 @@ def retention_sum(log_beta_BHT: torch.Tensor, start_BT: torch.Tensor | None = No
     age = (i[:, None] - i[None, :]).clamp_min(0)
     seen = document_rule(T, start_BT, log_beta.device)[:, None]
     return (age * log_beta[:, :, None, :]).exp().masked_fill(~seen, 0.0).sum(-1)
+
+
+def relative_error(got: torch.Tensor, expect: torch.Tensor) -> float:
+    """Relative root mean square of a difference; infinite for what is not a number."""
+    got, expect = got.float(), expect.float()
+    error = ((got - expect).norm() / expect.norm().clamp_min(1e-12)).item()
+    return error if error == error else float("inf")

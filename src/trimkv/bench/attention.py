@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from ..attention import reference, slots
 from ..cache import fused
-from .measure import Wrong, relative_error, replayed, row
+from .measure import Wrong, replayed, row
 from .models import config_of
 
 SYSTEMS = ("sdpa", "trimkv")
@@ -111,4 +111,4 @@ def _error(system: str, given: dict) -> float:
         position.scatter_(2, index, given["now"][:, None, None].expand_as(index))
     q, now = given["q"].float()[:, :, None], given["now"][:, None]
     truth = reference.slot_attention(q, k, v, now, position, given["scaling"])[:, :, 0]
-    return relative_error(_call(system, given), truth)
+    return reference.relative_error(_call(system, given), truth)

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache
 
+from ..attention import reference
 from ..attention.register import NAME
 from ..cache import fused
 from ..cache.build import bounded_cache
 from ..cache.graph import DecodeStep
 from ..cache.prefill import prefill
 from . import fill
-from .measure import Wrong, milliseconds, relative_error, row
+from .measure import Wrong, milliseconds, row
 from .models import step_weights, token_bytes
 
 SYSTEMS = ("stock-dynamic", "stock-static", "full", "trimkv-compiled", "trimkv")
@@ -135,7 +136,7 @@ def _error(model, system: str, o: Options) -> str:
         got, expect = _gate(model, system, o)
     except Exception as error:  # said in this system's rows
         return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    error = relative_error(got, expect)
+    error = reference.relative_error(got, expect)
     return "" if error < TOLERANCE[model.dtype] else f"logits differ by {error:.2g} (relative)"
 
 

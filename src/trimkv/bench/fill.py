@@ -6,11 +6,6 @@ from transformers import DynamicCache, StaticCache
 from ..cache.bounded import BoundedCache
 
 
-def _random_like(t: torch.Tensor) -> None:
-    """In place, without a second tensor of that size."""
-    t.normal_()
-
-
 def dynamic(model, rows: int, tokens: int) -> DynamicCache:
     """transformers' growing cache."""
     cache = DynamicCache(config=model.config)
@@ -29,8 +24,8 @@ def static(model, rows: int, tokens: int, capacity: int) -> StaticCache:
     nothing = nothing.to(model.device)
     for layer in cache.layers:
         layer.lazy_initialization(nothing, nothing)
-        _random_like(layer.keys[:, :, :tokens])
-        _random_like(layer.values[:, :, :tokens])
+        layer.keys[:, :, :tokens].normal_()
+        layer.values[:, :, :tokens].normal_()
         layer.cumulative_length.fill_(tokens)
     return cache
 
@@ -41,8 +36,8 @@ def bounded(cache: BoundedCache, tokens: int) -> None:
         layer.clear_row(0)  # opens the store and marks the layer as touched
         store = layer.store
         held = min(tokens, store.capacity)
-        _random_like(store.k[:, :, :held])
-        _random_like(store.v[:, :, :held])
+        store.k[:, :, :held].normal_()
+        store.v[:, :, :held].normal_()
         place = torch.linspace(0, tokens - 1, held, device=store.k.device, dtype=torch.float64).round().int()
         store.position[:, :, :held] = place
         for t in store.state.values():

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from ..attention import reference
 from ..linear import products
-from .measure import Wrong, relative_error, replayed, row
+from .measure import Wrong, replayed, row
 from .models import GATE_WIDTH, config_of
 
 SYSTEMS = ("trimkv", "cublas")
@@ -120,7 +121,7 @@ def _error(given: dict) -> float:
         *(given.get("activation", products.PLAIN), given.get("residual_BN"), None, None),
     )[0]
     got = products.linear(**given)
-    return relative_error(got if norm is None else got[0], truth)
+    return reference.relative_error(got if norm is None else got[0], truth)
 
 
 def _sweep(one_of: list, name: str, rows: int, where: dict, o: Options, bandwidth: float) -> Iterator[dict]:

@@ -134,13 +134,6 @@ def clean(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def relative_error(got: torch.Tensor, expect: torch.Tensor) -> float:
-    """Relative root mean square of a difference; infinite for what is not a number."""
-    got, expect = got.float(), expect.float()
-    error = ((got - expect).norm() / expect.norm().clamp_min(1e-12)).item()
-    return error if error == error else float("inf")
-
-
 def row(system: str, where: dict, measured: Callable[[], dict], device: torch.device) -> dict:
     """A row of a result. A system that is wrong, or that the memory is too small for, gets its error in place of
     numbers, and the others go on."""

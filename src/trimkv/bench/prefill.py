@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache
 
+from ..attention import reference
 from ..cache.build import bounded_cache
 from ..cache.prefill import prefill as feed
 from .decode import TOLERANCE, _stock
-from .measure import Wrong, milliseconds, relative_error, row
+from .measure import Wrong, milliseconds, row
 
 SYSTEMS = ("stock-dynamic", "full", "trimkv")
 GATE_PROMPT = 200
@@ -81,7 +82,9 @@ def _error(model, system: str) -> str:
     """ "" if the last logits of a short prompt, with room for all of it, are those of the stock model."""
     try:
         ids = torch.randint(3, model.config.vocab_size, (2, GATE_PROMPT), device=model.device)
-        error = relative_error(_read(model, system, ids, GATE_PROMPT, 64), _read(model, "stock-dynamic", ids, 0, 0))
+        error = reference.relative_error(
+            _read(model, system, ids, GATE_PROMPT, 64), _read(model, "stock-dynamic", ids, 0, 0)
+        )
     except Exception as error:  # said in this system's rows
         return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     return "" if error < TOLERANCE[model.dtype] else f"logits differ by {error:.2g} (relative)"

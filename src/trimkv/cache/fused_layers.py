@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
-from ..attention import slots
+from ..attention import reference, slots
 from ..linear import products
 from ..linear.products import Normed
 from ..ranks import ranks_of
@@ -52,7 +52,7 @@ class Norm:
             raise NotRecognised(f"{name} is a {type(module).__name__}, not an RMSNorm with a weight")
         x = _random(weight, 4, len(weight))
         expect = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps) * weight.float()
-        if _relative(module(x), expect) > TOLERANCE[x.dtype]:
+        if reference.relative_error(module(x), expect) > TOLERANCE[x.dtype]:
             raise NotRecognised(f"{name}, a {type(module).__name__}, is no RMSNorm whose weight is a plain factor")
         return cls(weight, eps)
 
@@ -317,7 +317,7 @@ def _check_layers(model, decoder, layers: list[Layer]) -> None:
             got, given = _reference(layer, x[0], cos[0], sin[0])
             added = got - x[0].float(), expect[0].float() - x[0].float()
             for a, b in (*zip(given, probe.given, strict=True), added):
-                error = _relative(a, b)
+                error = reference.relative_error(a, b)
                 if error > TOLERANCE[dtype]:
                     what = "computes something else than its modules suggest"
                     raise NotRecognised(f"layer {i} {what} (relative difference {error:.2g})")
@@ -354,9 +354,3 @@ def _reference(layer: Layer, x_TE, cos_TD, sin_TD) -> tuple[torch.Tensor, tuple]
 def _random(like: torch.Tensor, *shape: int) -> torch.Tensor:
     """Normal numbers, the same every time; the user's generators are left alone."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like)
-
-
-def _relative(got: torch.Tensor, expect: torch.Tensor) -> float:
-    got, expect = got.float(), expect.float()
-    error = ((got - expect).norm() / expect.norm().clamp_min(1e-12)).item()
-    return error if error == error else float("inf")
