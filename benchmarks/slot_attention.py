@@ -18,33 +18,24 @@ from record import save
 
 from trimkv.attention import slots, slots_triton
 from trimkv.attention.reference import relative_error
+from trimkv.bench.attention import decode_step
 from trimkv.bench.measure import copy_bandwidth, graph_milliseconds
 
+SHAPE = "qwen3-4b"  # whose layers have
 H, G, D = 8, 4, 128
 ROWS, SLOTS = (1, 4, 8, 16, 64), (256, 1024, 4096)
 CHUNKS = ((1, 512, 1024), (1, 1024, 4096), (1, 4096, 4096), (4, 512, 1024))  # rows, tokens, slots
 TOLERANCE = 1e-2  # relative RMS, bf16
 ROTATED = 160e6  # bytes of different stores that are gone through
-SCALING = D**-0.5
 BLOCKS = ((32, 2, 4), (32, 4, 3), (32, 4, 4), (32, 4, 6), (64, 4, 2), (64, 4, 3), (64, 4, 4), (64, 8, 3), (128, 8, 2))
 SWEPT = ((4, 1024), (8, 1024), (64, 1024))  # rows, slots: all others are measured as they are
 
 
 def step(B: int, M: int) -> dict:
     """Arguments of a decode step over full slots, by name."""
-    k, v = (torch.randn(B, H, M, D, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    q, k_new, v_new = (torch.randn(B, n, D, device="cuda", dtype=torch.bfloat16) for n in (H * G, H, H))
-    position = torch.rand(B, H, M, device="cuda").argsort(-1).int()
-    slot = torch.randint(M, (B, H), device="cuda")
-    now = torch.full((B,), M, dtype=torch.int32, device="cuda")
-    log_beta_new, log_beta = -torch.rand(B, H, device="cuda"), -torch.rand(B, H, M, device="cuda")
-    return dict(
-        zip(
-            ("q", "k_new", "v_new", "k", "v", "position", "slot", "now", "scaling", "log_beta_new", "log_beta"),
-            (q, k_new, v_new, k, v, position, slot, now, SCALING, log_beta_new, log_beta),
-            strict=True,
-        )
-    )
+    given = decode_step(SHAPE, B, M, torch.device("cuda"), torch.bfloat16)
+    given["position"] = torch.rand(B, H, M, device="cuda").argsort(-1).int()
+    return given
 
 
 def expect(good: bool, what: str) -> None:
@@ -85,7 +76,7 @@ def measure_decode(B: int, M: int, copy: float, repeat: int, sweep: bool) -> dic
 
     def sdpa(given):
         q = given["q"].view(B, H, G, D)
-        return F.scaled_dot_product_attention(q, given["k"], given["v"], scale=SCALING)
+        return F.scaled_dot_product_attention(q, given["k"], given["v"], scale=given["scaling"])
 
     def rates(ms: float, bytes_: int) -> dict:
         rate = bytes_ / ms * 1e3
@@ -142,14 +133,14 @@ def measure_chunk(B: int, T: int, M: int, repeat: int) -> dict:
     k_new, v_new = (torch.randn(B, T, H, D, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(2))
     new_position = (M + torch.arange(T, device="cuda", dtype=torch.int32)).expand(B, T)
     k, v, position = (given[name] for name in ("k", "v", "position"))
-    arguments = q, k_new, v_new, new_position, k, v, position, SCALING
+    arguments = q, k_new, v_new, new_position, k, v, position, given["scaling"]
     mask = slots.causal_mask(T, M + T, "cuda")
 
     def together():
         return torch.cat([k, k_new], 2), torch.cat([v, v_new], 2)
 
     def sdpa(keys, values):
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=SCALING, enable_gqa=True)
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=given["scaling"], enable_gqa=True)
 
     out, _ = slots_triton.attend_chunk(*arguments)
     truth, _ = slots_triton.attend_chunk_reference(*arguments)

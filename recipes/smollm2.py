@@ -54,7 +54,7 @@ def decay() -> GateConfig:
 
 
 def eviction() -> GateConfig:
-    """Second stage: the forward pass evicts, softly, at budgets of 48 to 640 tokens."""
+    """Second stage: the forward pass evicts, softly, at budgets of 48 to 1,024 tokens."""
     return GateConfig(
         budget=24,
         capacity_weight=0.5,
@@ -63,6 +63,8 @@ def eviction() -> GateConfig:
         learning_rate=2e-3,
         bias_learning_rate=2e-2,
         temperatures=(0.4, 0.03),
+        budgets=(48, 1024),
+        budget_power=1.0,
         seed=1,
         **SHARED,
     )
@@ -97,7 +99,7 @@ def train_both(data: Path, output: Path, model_name: str = "smollm2", first=None
     meta = {"data": texts}
     meta |= {"base_model": "smollm2", "base_sha256": embedded.weights_sha256()}
     torch.set_float32_matmul_precision("high")  # the gates are fp32
-    gates = None
+    gates, shown = None, printer(30, ("kl", "capacity", "occupancy", "grad_norm"))
     for config, name in ((first or decay(), "decay"), (second or eviction(), "eviction")):
         dataset = PackedTexts(
             sources(data),
@@ -106,20 +108,20 @@ def train_both(data: Path, output: Path, model_name: str = "smollm2", first=None
             seed=config.seed,
             samples=config.steps * config.batch_size * config.accumulation,
         )
-        result = train(model, dataset, config, output / name, gates, meta=meta, callbacks=[_printer()])
+        result = train(model, dataset, config, output / name, gates, meta=meta, callbacks=[shown])
         history = result.pop("history")
         print(json.dumps({"stage": name, **result, "last": history[-1]}), flush=True)
         gates = load_gates(output / name)
 
 
-def _printer():
+def printer(every: int, names: tuple[str, ...]):
+    """A Trainer callback that prints these numbers every so many steps."""
     from transformers import TrainerCallback
 
     class Print(TrainerCallback):
         def on_log(self, args, state, control, logs=None, **kwargs):
-            if state.global_step % 30 == 0 and "kl" in logs:
-                shown = {k: round(logs[k], 5) for k in ("kl", "capacity", "occupancy", "grad_norm")}
-                print(state.global_step, shown, flush=True)
+            if state.global_step % every == 0 and names[0] in logs:
+                print(state.global_step, {name: round(float(logs[name]), 5) for name in names}, flush=True)
 
     return Print()
 

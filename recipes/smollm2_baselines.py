@@ -64,22 +64,12 @@ def train_baselines(data: Path, output: Path, model_name="smollm2", methods=METH
         settings = config(method, steps)
         samples = settings.steps * settings.batch_size * settings.accumulation * processes.count()
         dataset = PackedTexts(smollm2.sources(data), tokenizer, settings.context, seed=settings.seed, samples=samples)
-        result = train_heads(model, dataset, settings, output / method, None, resume, meta, [_printer()])
+        shown = smollm2.printer(20, ("loss", "grad_norm"))
+        result = train_heads(model, dataset, settings, output / method, None, resume, meta, [shown])
         history = result.pop("history")
         if processes.number() == 0:
             print(json.dumps({**result, "last": history[-1]}), flush=True)
     processes.leave()
-
-
-def _printer():
-    from transformers import TrainerCallback
-
-    class Print(TrainerCallback):
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            if state.global_step % 20 == 0 and "loss" in logs:
-                print(state.global_step, {name: round(float(x), 5) for name, x in logs.items()}, flush=True)
-
-    return Print()
 
 
 def main():

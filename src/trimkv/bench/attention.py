@@ -37,10 +37,10 @@ def measure(options: Options, device: torch.device, dtype: torch.dtype, bandwidt
         for system in options.systems:
 
             def one(system=system, batch=batch, budget=budget) -> dict:
-                first = _step(options.shape, batch, budget, device, dtype)
+                first = decode_step(options.shape, batch, budget, device, dtype)
                 moved = sum(t.nbytes for t in first.values() if isinstance(t, torch.Tensor))
                 copies = max(1, int(ROTATED / moved)) if device.type == "cuda" else 1
-                given = [first, *(_step(options.shape, batch, budget, device, dtype) for _ in range(copies))]
+                given = [first, *(decode_step(options.shape, batch, budget, device, dtype) for _ in range(copies))]
                 error = _error(system, given[0])
                 if error > TOLERANCE[dtype]:
                     raise Wrong(f"output differs by {error:.2g} (relative)")
@@ -52,7 +52,7 @@ def measure(options: Options, device: torch.device, dtype: torch.dtype, bandwidt
             yield row(system, {"context": budget, "batch": batch, "budget": budget}, one, device)
 
 
-def _step(shape: str, B: int, M: int, device: torch.device, dtype: torch.dtype) -> dict:
+def decode_step(shape: str, B: int, M: int, device: torch.device, dtype: torch.dtype) -> dict:
     """A decode step over full slots, by the names of ``slots_triton.decode``."""
     config = config_of(shape)
     Q, H = config.num_attention_heads, config.num_key_value_heads
