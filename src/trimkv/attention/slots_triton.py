@@ -30,6 +30,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .. import overlap
 from . import slots
 from .decay_triton import EXACT, HOPPER_BYTES, LOG2E, NOTHING, _on, _strides, _tanh
 
@@ -51,6 +52,7 @@ EAGER = False  # whether a decode step reads keys before it knows which of them 
 JOINS = True  # whether parts are joined by the program that arrives last, where there are counters
 RESIDENT, MAX_SPLITS = 3, 64  # decode programs that share a multiprocessor; parts of a head
 SEARCH = 2048  # slots that a search looks at at a time
+FETCH = 128  # slots of its own that a decode program fetches while the kernel before it is still at work
 
 
 class Decoded(NamedTuple):
@@ -349,6 +351,7 @@ def _decode_triton(
     shape = dict(G=G, D=D, BD=_pad(D), HAS_LSE=lse or probabilities)
     joins = JOINS and splits > 1 and counters is not None
     assert not joins or counters.dtype == torch.int32 and counters.numel() >= B * H
+    early = overlap.overlaps(q)
     with _on(q):
         # The search comes last: it takes the places of those that are done.
         _decode_kernel[(B * H, splits + (score != "none"))](
@@ -373,8 +376,10 @@ def _decode_triton(
             JOINS=joins,
             GP=triton.next_power_of_2(G),
             EAGER=EAGER,
+            FETCH=FETCH if early else 0,
             num_warps=num_warps,
             num_stages=num_stages,
+            **overlap.launch(early),
         )
         if splits > 1 and not joins:
             _join_kernel[(B * Q,)](acc, top, total, out, norm, splits, **shape, num_warps=4)
@@ -459,6 +464,15 @@ def _read(ptr, rows, stride, seen, D: tl.constexpr, BD: tl.constexpr):
     if D != BD:
         mask = mask & (column[None, :] < D)
     return tl.load(ptr + rows[:, None] * stride + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _fetch(ptr, first, used, stride, D: tl.constexpr, BD: tl.constexpr, SLOTS: tl.constexpr):
+    """Brings so many rows of a [used, D] matrix into the L2 cache."""
+    rows = tl.minimum(first + tl.arange(0, SLOTS), used - 1)
+    line: tl.constexpr = overlap.LINE // (ptr.dtype.element_ty.primitive_bitwidth // 8)
+    column = tl.minimum(tl.arange(0, (BD + line - 1) // line) * line, D - 1)
+    overlap.fetch(ptr + rows[:, None] * stride + column[None, :])
 
 
 @triton.jit
@@ -585,17 +599,23 @@ def _decode_kernel(
     G: tl.constexpr, BG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, SN: tl.constexpr,
     SCORE: tl.constexpr, ANY_EMPTY: tl.constexpr, HAS_BETA: tl.constexpr, HAS_CAP: tl.constexpr,
     HAS_AUX: tl.constexpr, HAS_LSE: tl.constexpr, KEEP_LOGITS: tl.constexpr, SPLIT: tl.constexpr,
-    JOINS: tl.constexpr, GP: tl.constexpr, EAGER: tl.constexpr,
+    JOINS: tl.constexpr, GP: tl.constexpr, EAGER: tl.constexpr, FETCH: tl.constexpr,
 ):  # fmt: skip
     """Programs [head, part]: all parts but the last attend to slots of theirs, the last searches."""
     n = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     row, head = n // H, n % H
+    k += row * k_b + head * k_h
+    v += row * v_b + head * v_h
+    if FETCH > 0:
+        overlap.let_next_begin()
+        # By the program that searches, too: it is through before that matters.
+        _fetch(k, part * per, used, k_t, D, BD, FETCH)
+        _fetch(v, part * per, used, v_t, D, BD, FETCH)
+        overlap.wait()
     at = tl.load(slot + n).to(tl.int32)
     new_position = tl.load(now + row).to(tl.int32)
     writes = at >= 0
-    k += row * k_b + head * k_h
-    v += row * v_b + head * v_h
     position += row * p_b + head * p_h
     new_beta = 0.0
     if HAS_BETA:

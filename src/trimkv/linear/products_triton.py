@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .. import overlap
 from .products import GATED, MATRICES, SILU_LAST
 
 # fp32 as three tf32 products on tensor cores: fp32's precision. bf16 and fp16 don't care.
@@ -22,6 +23,8 @@ EXACT = tl.constexpr("tf32x3")
 PROGRAMS = {16: 2, 32: 2, 64: 1}
 HOPPER_BYTES = 227 * 1024  # of shared memory for one block of threads
 LEAST_BLOCKS = 4  # of columns that a program walks over, where they are split
+# Bytes of its weights that a program fetches while the kernel before it is still at work.
+FETCH = 128 * 1024
 
 
 class Plan(NamedTuple):
@@ -92,6 +95,7 @@ def linear(x, weights, biases, has_bias, squares, eps, activation, residual, nor
     biases = [next(given) if has else x for has in has_bias] + [x] * (MATRICES - len(weights))
     widths = [w.shape[0] for w in weights] + [0] * (MATRICES - len(weights))
     per = triton.cdiv(triton.cdiv(K, how.BK), splits)  # blocks: a multiple of BK that the compiler can see
+    early = overlap.overlaps(x)
     with _on(x):
         _linear_kernel[(tiles, splits, row_blocks)](
             *(x, *matrices, *biases, squares, residual, norm, y, y_norm, y_squares, parts, counters),
@@ -111,10 +115,19 @@ def linear(x, weights, biases, has_bias, squares, eps, activation, residual, nor
             BM=how.BM,
             BN=how.BN,
             BK=how.BK,
+            FETCH=_fetched(how, gated, weights[0]) if early else 0,
             num_warps=how.num_warps,
             num_stages=how.num_stages,
+            **overlap.launch(early),
         )
     return y, y_norm, y_squares
+
+
+def _fetched(how: Plan, gated: bool, weight: torch.Tensor) -> int:
+    """Lines of each row of its matrix, or of both, that a program fetches: a power of two, at least one."""
+    rows = how.BN * (1 + gated)
+    line = overlap.LINE.value
+    return max(1, min(FETCH // (rows * line), triton.next_power_of_2(weight.shape[1] * weight.itemsize // line)))
 
 
 def norm_input(x, weight):
@@ -123,7 +136,8 @@ def norm_input(x, weight):
     assert x.stride(1) == 1
     y, squares = x.new_empty(rows, E), torch.empty(rows, 1, dtype=torch.float32, device=x.device)
     with _on(x):
-        _norm_input_kernel[(rows,)](x, weight, y, squares, x.stride(0), E, BE=triton.next_power_of_2(E), num_warps=8)
+        shape = dict(BE=triton.next_power_of_2(E), EARLY=overlap.overlaps(x))
+        _norm_input_kernel[(rows,)](x, weight, y, squares, x.stride(0), E, **shape, num_warps=8)
     return y, squares
 
 
@@ -137,6 +151,7 @@ def heads(qkv, Q, H, D, cos, sin, q_norm, k_norm, eps, weight, bias):
     qk = qkv.new_empty(rows, Q + H, D)
     log_beta = torch.empty((rows, H) if weight is not None else (0,), dtype=torch.float32, device=qkv.device)
     width = 0 if weight is None else weight.shape[1]
+    early = overlap.overlaps(qkv)
     with _on(qkv):
         _heads_kernel[(rows, Q + H + (weight is not None))](
             *(qkv, cos, sin, q_norm, k_norm, weight, bias, qk, log_beta),
@@ -149,13 +164,24 @@ def heads(qkv, Q, H, D, cos, sin, q_norm, k_norm, eps, weight, bias):
             BH=triton.next_power_of_2(H),
             BI=min(512, triton.next_power_of_2(max(width, 1))),
             HAS_NORM=q_norm is not None,
+            EARLY=early,
             num_warps=4 if weight is not None else 1,
+            **overlap.launch(early),
         )
     return qk, log_beta
 
 
 def _on(x: torch.Tensor):
     return torch.cuda.device(x.device) if x.is_cuda else torch.no_grad()
+
+
+@triton.jit
+def _fetch(w, w_n, n, N, lo, K, LINES: tl.constexpr):
+    """Brings the first lines of a program's part of its rows into the L2 cache."""
+    line: tl.constexpr = overlap.LINE // (w.dtype.element_ty.primitive_bitwidth // 8)
+    column = tl.minimum(lo + tl.arange(0, LINES) * line, K - 1)
+    row = tl.minimum(n, N - 1).to(tl.int64)
+    overlap.fetch(w + row[:, None] * w_n + column[None, :])
 
 
 @triton.jit
@@ -207,7 +233,7 @@ def _linear_kernel(
     SQUARES: tl.constexpr, MATRICES: tl.constexpr, BIASES: tl.constexpr, GATED: tl.constexpr,
     SILU_LAST: tl.constexpr, SCALED: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_NORM: tl.constexpr,
     SPLIT: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, FETCH: tl.constexpr,
 ):  # fmt: skip
     """Programs [tile of outputs, part of the columns, block of rows]."""
     tile, part, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -245,6 +271,12 @@ def _linear_kernel(
     up = tl.zeros([BN, BM], tl.float32)
     lo = part * per * BK
     hi = tl.minimum(lo + per * BK, K)
+    if FETCH > 0:
+        overlap.let_next_begin()
+        _fetch(w, w_n, n, N, lo, K, FETCH)
+        if GATED:
+            _fetch(w1, w1_n, n, N, lo, K, FETCH)
+        overlap.wait()
     for k0 in range(lo, hi, BK):
         if EVEN_K:
             x_mask = (m < rows)[:, None]
@@ -299,7 +331,9 @@ def _linear_kernel(
 
 
 @triton.jit
-def _norm_input_kernel(x, weight, y, squares, x_m, E, BE: tl.constexpr):
+def _norm_input_kernel(x, weight, y, squares, x_m, E, BE: tl.constexpr, EARLY: tl.constexpr):
+    if EARLY:
+        overlap.let_next_begin()
     m = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, BE)
     wide = tl.load(x + m * x_m + e, mask=e < E, other=0.0).to(tl.float32)
@@ -324,9 +358,12 @@ def _log_sigmoid(z):
 def _heads_kernel(
     qkv, cos, sin, q_norm, k_norm, weight, bias, qk, log_beta, qkv_m, cos_m, sin_m, eps,
     Q: tl.constexpr, H: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
-    BD: tl.constexpr, BH: tl.constexpr, BI: tl.constexpr, HAS_NORM: tl.constexpr,
+    BD: tl.constexpr, BH: tl.constexpr, BI: tl.constexpr, HAS_NORM: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Programs [row, head]: queries, keys, and in the end the gate."""
+    if EARLY:
+        overlap.let_next_begin()
+        overlap.wait()
     m = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     HALF: tl.constexpr = D // 2
