@@ -9,6 +9,7 @@ import tiny
 from alone import BUDGET, CHUNK, alone, long, prompt
 from trimkv import Engine
 from trimkv.engine.graphs import Graphs
+from trimkv.engine.request import DRAWN, GREEDY, KINDS
 
 
 class Stream:
@@ -60,7 +61,7 @@ def test_graphs_are_captured_when_needed_and_used_again(engine):
             assert engine.result(id).tokens == alone(engine.model, "trimkv", prompt(p), n), p
         assert len(engine.result(id).tokens) == n
     captured = dict(engine.runner.graphs.captured)
-    assert {(1, True), (2, True), (4, False)} <= set(captured)
+    assert {(1, GREEDY), (2, GREEDY), (4, DRAWN)} <= set(captured)
     again = engine.generate([prompt(17)], long(10), progress=False)[0]
     assert again.tokens == engine.result(ids[0]).tokens[:10]
     assert engine.runner.graphs.captured == captured
@@ -95,7 +96,7 @@ def test_all_graphs_are_captured_at_the_start_unless_told_otherwise(engine):
     engine.runner._capture()
     sizes = [size for size, _ in engine.runner.graphs.captured]
     assert sizes == sorted(sizes, reverse=True) and set(sizes) == {1, 2, 4, 5}
-    assert len(engine.runner.graphs.captured) == 8
+    assert len(engine.runner.graphs.captured) == 4 * len(KINDS)
     found = engine.generate([prompt(9), prompt(40)], long(12), progress=False)
     assert [request.tokens for request in found] == [alone(engine.model, "trimkv", prompt(p), 12) for p in (9, 40)]
 

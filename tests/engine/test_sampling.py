@@ -9,9 +9,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from trimkv.engine.request import ERROR, LENGTH, RUNNING, STOP, Request, SamplingParams
+from trimkv.engine.request import DRAWN, ERROR, GREEDY, LENGTH, LIMITED, RUNNING, STOP, Request, SamplingParams
 from trimkv.engine.rows import Rows
-from trimkv.engine.sampling import choose, gumbel, lowest_kept
+from trimkv.engine.sampling import choose, gumbel, kind_of, lowest_kept
 
 
 def rows_of(*params, vocabulary=50, prompts=None):
@@ -25,8 +25,8 @@ def rows_of(*params, vocabulary=50, prompts=None):
 def test_greedy_rows_take_the_argmax_also_beside_rows_that_draw():
     logits = torch.randn(3, 50)
     greedy, drawn = SamplingParams(), SamplingParams(temperature=5.0, top_k=3, top_p=0.4, seed=1)
-    for plain, rows in ((True, rows_of(greedy, greedy, greedy)), (False, rows_of(greedy, drawn, greedy))):
-        token, sound = choose(logits, rows, plain)
+    for params in ((greedy, greedy, greedy), (greedy, drawn, greedy)):
+        token, sound = choose(logits, rows_of(*params), kind_of(params))
         assert token[0] == logits[0].argmax() and token[2] == logits[2].argmax()
         assert sound.all()
     assert not torch.equal(logits, torch.randn(3, 50))
@@ -48,7 +48,7 @@ def test_what_may_be_drawn_is_what_transformers_would_allow(top_k, top_p, penalt
     rows = rows_of(params, prompts=[prompt])
     many = Rows(**{name: t.expand(draws, *t.shape[1:]).clone() for name, t in vars(rows).items()})
     many.produced.copy_(torch.arange(draws))
-    token, sound = choose(logits.expand(draws, -1), many, plain=False)
+    token, sound = choose(logits.expand(draws, -1), many, params.kind)
     share = token.bincount(minlength=50) / draws
     assert sound.all()
     assert not share[truth == 0].any(), "a token was drawn that is cut off"
@@ -85,7 +85,7 @@ def test_logits_that_are_not_numbers_end_their_row_only():
     logits[2] = float("-inf")
     for params in (SamplingParams(5), SamplingParams(5, temperature=1.0, top_p=0.5, seed=1)):
         rows = rows_of(*[params] * 4)
-        token, sound = choose(logits, rows, params.plain)
+        token, sound = choose(logits, rows, params.kind)
         assert sound.tolist() == [True, False, False, True]
         rows.advance(token, sound)
         assert rows.report[:, 1].tolist() == [RUNNING, ERROR, ERROR, RUNNING]
@@ -117,3 +117,23 @@ def test_a_new_request_in_a_row_finds_nothing_of_the_last():
     for name, t in vars(fresh).items():
         if name not in ("token", "report"):
             assert torch.equal(t, getattr(rows, name)), name
+
+
+def test_the_kind_of_a_step_is_that_of_the_request_that_asks_for_most():
+    greedy, punished = SamplingParams(), SamplingParams(repetition_penalty=1.2)
+    drawn, limited = SamplingParams(temperature=0.5), SamplingParams(temperature=0.5, top_p=0.9)
+    assert [one.kind for one in (greedy, punished, drawn, limited)] == [GREEDY, DRAWN, DRAWN, LIMITED]
+    assert SamplingParams(top_k=5).kind == GREEDY, "without a temperature there is nothing to limit"
+    assert [kind_of(many) for many in ((), (greedy,), (greedy, drawn), (limited, greedy, drawn))] == [
+        *(GREEDY, GREEDY, DRAWN, LIMITED)
+    ]
+
+
+@pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (9, 0.8)])
+def test_a_row_draws_the_same_whatever_the_kind_of_its_step(top_k, top_p):
+    """A greedy row beside one that draws, a drawing one beside one with limits."""
+    logits = torch.randn(6, 50)
+    one = SamplingParams(temperature=0.7, top_k=top_k, top_p=top_p, repetition_penalty=1.3, seed=5)
+    rows = rows_of(*[SamplingParams()] * 3, *[one] * 3)
+    alone = choose(logits[3:], rows.part(3, 6), one.kind)[0]
+    assert torch.equal(choose(logits, rows, LIMITED)[0], torch.cat([logits[:3].argmax(-1), alone]))

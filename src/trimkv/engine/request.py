@@ -6,6 +6,10 @@ from dataclasses import dataclass, field
 MAX_STOPS = 8  # stop tokens of one request, those of the model included
 MAX_TOP_K = 1024
 
+# What a request asks of the choice of its tokens: the argmax of the model's own logits; a draw, or a penalty; these
+# with top-k or top-p. Each asks for what those before it do.
+GREEDY, DRAWN, LIMITED = KINDS = ("greedy", "drawn", "limited")
+
 # What a step's report says of a row, and the reason a request ends with.
 RUNNING, STOP, LENGTH, ERROR = range(4)
 REASONS = {STOP: "stop", LENGTH: "length", ERROR: "error"}
@@ -53,9 +57,11 @@ class SamplingParams:
         object.__setattr__(self, "stop", tuple(self.stop))
 
     @property
-    def plain(self) -> bool:
-        """Whether the next token is the argmax of the model's own logits."""
-        return self.temperature == 0 and self.repetition_penalty == 1
+    def kind(self) -> str:
+        """Of KINDS."""
+        if self.temperature == 0:
+            return GREEDY if self.repetition_penalty == 1 else DRAWN
+        return DRAWN if self.top_k == 0 and self.top_p == 1 else LIMITED
 
 
 @dataclass(eq=False)

@@ -16,9 +16,9 @@ from ..ranks import local_nbytes, ranks_of
 from . import batch
 from .graphs import Graphs
 from .reports import Reports
-from .request import Request
+from .request import KINDS, Request
 from .rows import Rows
-from .sampling import choose
+from .sampling import choose, kernels, kind_of
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +60,7 @@ class Runner:
         self.cache = bounded_cache(model, policy, budget, chunk, rows=rows)
         self.staging = batch.make_staging(model, policy, budget, chunk)
         self.rows = Rows.empty(rows, self.vocabulary, self.device)
+        self.choose_and_advance = kernels(self.device) if self.ranks is None else None
         self.reports = Reports(rows, self.device)
         self.kept: OrderedDict[tuple[int, ...], RowSnapshot] = OrderedDict()
         self.prompt = torch.empty(0, dtype=torch.int64)  # what is in the staging row, or will be
@@ -134,7 +135,7 @@ class Runner:
         self.cache.copy_row(self.staging, 0, row)
         self.rows.place(row, request, self.prompt)
         own = self.rows.part(row, row + 1)
-        own.advance(*self._choose(logits_1V, own, request.params.plain))
+        self._end(logits_1V, own, request.params.kind)
         self.reports.send(own.report, (request,))
 
     @torch.no_grad()
@@ -152,12 +153,12 @@ class Runner:
     def decode(self, requests: list[Request | None]) -> None:
         """One token for every row, of R, that has a request."""
         size = self._bucket(max(row for row, request in enumerate(requests) if request is not None) + 1)
-        plain = all(request is None or request.params.plain for request in requests)
+        kind = kind_of(request.params for request in requests if request is not None)
         self.cache.refresh()
-        (self.graphs or self._step)(size, plain)
+        (self.graphs or self._step)(size, kind)
         self.reports.send(self.rows.report[:size], tuple(requests[:size]))
 
-    def _step(self, size: int, plain: bool) -> None:
+    def _step(self, size: int, kind: str) -> None:
         """One step of the first ``size`` rows; nothing in it reads the device."""
         whole = size == self.num_rows
         rows = self.rows if whole else self.rows.part(0, size)
@@ -172,15 +173,17 @@ class Runner:
             ).logits[:, -1]
         if not whole:
             batch.count_steps(self.cache, cache)
-        rows.advance(*self._choose(logits, rows, plain))
+        self._end(logits, rows, kind)
 
-    def _choose(self, logits_BV: torch.Tensor, rows: Rows, plain: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """``choose``; where several processes hold the model, the first one's choice counts for all."""
-        token, sound = choose(logits_BV, rows, plain)
-        if self.ranks is None:
-            return token, sound
-        token, sound = self.ranks.first(torch.stack([token, sound.long()]))
-        return token, sound.bool()
+    def _end(self, logits_BV: torch.Tensor, rows: Rows, kind: str) -> None:
+        """Chooses the next tokens and takes them in; of several processes the first one's choice counts for all."""
+        if self.choose_and_advance is not None:
+            self.choose_and_advance(logits_BV, rows, kind)
+            return
+        token, sound = choose(logits_BV, rows, kind)
+        if self.ranks is not None:
+            token, sound = self.ranks.first(torch.stack([token, sound.long()]))
+        rows.advance(token, sound.bool())
 
     def _bucket(self, rows: int) -> int:
         """Rows that a step takes for so many."""
@@ -230,8 +233,8 @@ class Runner:
             self.chunk_graph.capture()
         self.staging.reset()
         for size in sorted({self._bucket(n + 1) for n in range(self.num_rows)}, reverse=True):
-            for plain in (True, False):
-                self.graphs.capture(size, plain)
+            for kind in KINDS:
+                self.graphs.capture(size, kind)
 
     def _fill_staging(self) -> None:
         """Reads a prompt that fills the slots."""
@@ -249,8 +252,8 @@ class Runner:
         del taken
         self.cache.copy_row(self.staging, 0, 0)
         with self._compiled():
-            for plain in (True, False):
-                self._step(self.num_rows, plain)
+            for kind in KINDS:
+                self._step(self.num_rows, kind)
         self.reset()
 
     # Accounting.

@@ -1,8 +1,10 @@
 """The next token of each row, chosen on the device: no host waits, no generator, the same for a row whatever runs."""
 
+from collections.abc import Callable, Iterable
+
 import torch
 
-from .request import MAX_TOP_K
+from .request import GREEDY, KINDS, LIMITED, MAX_TOP_K, SamplingParams
 from .rows import Rows
 
 # Multipliers of MurmurHash3's finalisers (Appleby, public domain), as signed numbers.
@@ -11,7 +13,23 @@ _MIX64 = 0xFF51AFD7ED558CCD - 2**64, 0xC4CEB9FE1A85EC53 - 2**64
 _ODD = 0x9E3779B97F4A7C15 - 2**64
 
 
-def choose(logits_BV: torch.Tensor, rows: Rows, plain: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def kind_of(many: Iterable[SamplingParams]) -> str:
+    """The least kind of step that serves all of these requests."""
+    return max((one.kind for one in many), key=KINDS.index, default=GREEDY)
+
+
+def kernels(device: torch.device) -> Callable[[torch.Tensor, Rows, str], None] | None:
+    """``choose`` and ``Rows.advance`` in two launches, where they can run; else None."""
+    if device.type != "cuda":
+        return None
+    try:
+        from .sampling_triton import choose_and_advance
+    except ImportError:  # a build of torch without triton
+        return None
+    return choose_and_advance
+
+
+def choose(logits_BV: torch.Tensor, rows: Rows, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
     """The next token of each row.
 
     In the order of transformers: repetition penalty, temperature, top-k, top-p. A row of temperature 0 takes its
@@ -19,23 +37,27 @@ def choose(logits_BV: torch.Tensor, rows: Rows, plain: bool) -> tuple[torch.Tens
     largest: that is a draw from the softmax.
 
     Args:
-        plain: the caller knows that no row draws or has a penalty.
+        kind: of KINDS; no row asks for more.
 
     Returns:
         int64 [B]; bool [B], False where the largest logit is not a finite number.
     """
-    if plain:
+    if kind == GREEDY:
         best = logits_BV.max(-1)
         return best.indices, best.values.isfinite()
-    x = logits_BV.float()
-    penalty = rows.penalty[:, None]
-    x = torch.where(rows.seen, torch.where(x > 0, x / penalty, x * penalty), x)
-    draws = (rows.temperature > 0)[:, None]
-    x = x / rows.temperature[:, None].where(draws, 1.0)
-    drawn = x.masked_fill(x < lowest_kept(x, rows.top_k, rows.top_p)[:, None], float("-inf"))
+    x = drawn = adjusted(logits_BV, rows)
+    if kind == LIMITED:
+        drawn = x.masked_fill(x < lowest_kept(x, rows.top_k, rows.top_p)[:, None], float("-inf"))
     drawn = drawn + gumbel(rows.seed, rows.produced, x.shape[1])
-    best = torch.where(draws, drawn, x).max(-1)
+    best = torch.where((rows.temperature > 0)[:, None], drawn, x).max(-1)
     return best.indices, best.values.isfinite()
+
+
+def adjusted(logits_BV: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """fp32 [B, V]: logits after repetition penalty and temperature."""
+    x, penalty, temperature = logits_BV.float(), rows.penalty[:, None], rows.temperature[:, None]
+    x = torch.where(rows.seen, torch.where(x > 0, x / penalty, x * penalty), x)
+    return x / temperature.where(temperature > 0, 1.0)
 
 
 def lowest_kept(x_BV: torch.Tensor, top_k_B: torch.Tensor, top_p_B: torch.Tensor) -> torch.Tensor:
