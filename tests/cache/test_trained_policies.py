@@ -1,5 +1,6 @@
 """The trained baselines: what they keep, or attend to, against loops over their formulae."""
 
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from trimkv.attention import reference
 from trimkv.budget import Budget
 from trimkv.cache.layers import BoundedLayer
 from trimkv.cache.policies import make
+from trimkv.cache.replay import ReplayLayer
 from trimkv.cache.rotation import Rotation
 from trimkv.eval.compare import compare, compare_stepwise
 from trimkv.gates.head_sets import attach_heads, new_heads
@@ -160,9 +162,9 @@ def gate_module(H, G, size=4, width=6, seed=0):
     return SimpleNamespace(attn_gate=gate.requires_grad_(False), before=lambda part: None)
 
 
-def seer_layer(module, M, chunk=None, **options):
+def seer_layer(module, M, chunk=None, kind=BoundedLayer, **options):
     policy = make("seer_attention_r", **options).fitted({0: module})
-    return BoundedLayer(policy, Budget(M), chunk, 0, ROTATION)
+    return kind(policy, Budget(M), chunk, 0, ROTATION)
 
 
 def seer_blocks(gate, q, k, now, M, forced):
@@ -230,6 +232,60 @@ def test_seer_attends_to_the_blocks_that_the_formula_picks(H, G, M, forced):
                 )
                 torch.testing.assert_close(out[b, heads, -1], expect[0, :, 0], atol=1e-5, rtol=1e-4)
     assert layer.peak_decode_tokens == layer.policy.attended(M) and layer.store.used == sum(lengths)
+
+
+def replayed_and_fed(module, M, forced, q, k, v):
+    """The outputs [B, Q, T, D] of one pass over all tokens, and of feeding them one by one."""
+    B, T = q.shape[0], q.shape[2]
+    outs, peaks = [], []
+    for kind, lengths in ((ReplayLayer, [T]), (BoundedLayer, [1] * T)):
+        layer = seer_layer(module, M, kind=kind, forced=forced)
+        outs.append(torch.cat([out for *_, out in forwards(layer, module, q, k, v, lengths, [0] * B)], 2))
+        peaks.append(layer.peak_decode_tokens)
+    assert peaks[0] == peaks[1]
+    return outs
+
+
+def attention_over(mask_BHTT, q, k, v):
+    """Stock attention under a mask, [B, Q, T, D]."""
+    G = q.shape[1] // k.shape[1]
+    k, v, mask = (x.repeat_interleave(G, 1) for x in (k, v, mask_BHTT))
+    return (q @ k.transpose(2, 3) * D**-0.5).masked_fill(~mask, float("-inf")).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("forced", ["within", "beside"])
+@pytest.mark.parametrize(("H", "G", "T", "size"), [(2, 1, 31, 4), (1, 3, 31, 4), (2, 2, 32, 4), (1, 2, 17, 1)])
+def test_a_replay_of_seer_is_what_the_formula_picks_at_every_step(H, G, T, size, forced, monkeypatch):
+    """Blocks of queries that end within a block of keys; budgets below a block, of one, of some, and for all."""
+    monkeypatch.setattr("trimkv.cache.replay.QUERIES", 10)
+    module = gate_module(H, G, size)
+    q, k, v = tensors(2, H, G, T)
+    gate = module.attn_gate.attngate_linear_q.weight, module.attn_gate.attngate_linear_k.weight
+    sizes = set()
+    for M in (2, 4, 9, 12, 64):
+        mask = torch.zeros(2, H, T, T, dtype=torch.bool)
+        for b, h, t in itertools.product(range(2), range(H), range(T)):
+            one = gate[0][h], gate[1][h], size
+            blocks = seer_blocks(one, q[b, h * G : (h + 1) * G, t], k[b, h, : t + 1], t, M, forced)
+            mask[b, h, t, : t + 1] = torch.tensor([p // size in blocks for p in range(t + 1)])
+        expect = attention_over(mask, q, k, v)
+        for out in replayed_and_fed(module, M, forced, q, k, v):
+            torch.testing.assert_close(out, expect, atol=1e-5, rtol=1e-4)
+        sizes.add(int(mask.sum()))
+    assert len(sizes) >= 3  # the budgets differ in what they show
+
+
+@pytest.mark.parametrize("forced", ["within", "beside"])
+def test_blocks_worth_the_same_are_picked_newest_first(forced):
+    """In a replay as in a step; beside them, an incomplete own block is worth no more than they are."""
+    module, size, T = gate_module(2, 2), 4, 31
+    module.attn_gate.attngate_linear_k.weight.zero_()
+    q, k, v = tensors(2, 2, 2, T)
+    block = torch.arange(T) // size
+    mask = (block[None] <= block[:, None]) & (block[None] > block[:, None] - 3) & torch.ones(T, T).tril().bool()
+    expect = attention_over(mask.expand(2, 2, T, T), q, k, v)
+    for out in replayed_and_fed(module, 12, forced, q, k, v):
+        torch.testing.assert_close(out, expect, atol=1e-5, rtol=1e-4)
 
 
 def test_block_summaries_are_the_same_in_prefill_and_decode():

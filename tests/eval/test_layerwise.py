@@ -36,6 +36,15 @@ class Reading(Policy):
         return slots.k[..., 0].float() + slots.v[..., 1].float()
 
 
+class Late(Reading):
+    """Selects, and does not say that it can do so for many queries at once."""
+
+    name, bounded, selects = "late", False, True
+
+    def visible(self, slots, new):
+        return (slots.position > new.position[:, :1] - 5)[:, :, None]
+
+
 def distinct(batch, length):
     """Tokens that do not recur: the norms of their keys in the first layer would be equal but for rounding."""
     return torch.stack(
@@ -123,10 +132,38 @@ def test_the_numbers_are_those_of_feeding_token_by_token(name, monkeypatch):
     assert all(abs(row.kl) < 1e-5 and row.peak_tokens_per_head == 59 for row in fast.rows[:2])
 
 
+@pytest.mark.parametrize(
+    "name, changes",
+    [
+        ("qwen3", {"num_hidden_layers": 2}),
+        ("llama", {"num_hidden_layers": 2, "num_key_value_heads": 4}),
+        ("glm4", {"num_hidden_layers": 2, "num_key_value_heads": 1}),
+        ("gpt_oss", {}),
+        ("gemma2", {}),
+    ],
+    ids=str,
+)
+def test_the_blocks_that_a_gate_picks_are_replayed(name, changes, monkeypatch):
+    """Blocks of 4 in 46 tokens; budgets below a block, of one, of some and for all; forced blocks in them or beside."""
+    monkeypatch.setattr("trimkv.cache.replay.QUERIES", 10)
+    model, ids, calls = gated(name, **changes), distinct(3, 47), []
+    policies = [make("seer_attention_r", forced=forced) for forced in ("within", "beside")]
+    budgets = [2, 4, 13, 200]
+    fast = compare(model, ids, policies, budgets, batch_size=2, progress=lambda *call: calls.append(call))
+    assert_same(fast, compare_stepwise(model, ids, policies, budgets, batch_size=3))
+    assert [row.peak_tokens_per_head for row in fast.rows] == [4, 4, 12, 46, 8, 8, 16, 46]
+    kl = [row.kl for row in fast.rows]
+    assert kl[0] == kl[1] > kl[2] > 1e-3 and kl[4] == kl[5] > kl[6] > 1e-3 and kl[2] != kl[6]
+    assert abs(kl[3]) < 1e-5 and abs(kl[7]) < 1e-5
+    total = 2 * 8 * 2  # batches x cells x layers with slots
+    assert calls == [(done, total) for done in range(1, total + 1)]
+
+
 @pytest.mark.parametrize("length, budget", [(2, 5), (2, 6), (20, 19), (20, 18), (20, 64)])
 def test_short_sequences(length, budget):
     model = gated("qwen3", num_hidden_layers=2)
-    both = (run(model, tokens(2, length), ["trimkv", "random"], [budget]) for run in (compare, compare_stepwise))
+    policies = ["trimkv", "random", "seer_attention_r"]
+    both = (run(model, tokens(2, length), policies, [budget]) for run in (compare, compare_stepwise))
     assert_same(*both)
 
 
@@ -138,12 +175,13 @@ def test_what_cannot_be_replayed_is_fed_token_by_token():
         needs = frozenset({"attention"})
 
     model, ids, calls = build("llama", num_hidden_layers=2), tokens(3, 20), []
-    policies, budgets = ["random", Watching()], [Budget(8), Budget(6, buffer=3)]
+    policies, budgets = ["random", Watching(), Late()], [Budget(8), Budget(6, buffer=3)]
     fast = compare(model, ids, policies, budgets, batch_size=2, progress=lambda *call: calls.append(call))
     assert_same(fast, compare_stepwise(model, ids, policies, budgets, batch_size=2))
-    total = 2 * (1 * 2 + 3 * 19)  # batches x (one cell x layers, three cells x steps)
+    total = 2 * (1 * 2 + 5 * 19)  # batches x (one cell x layers, five cells x steps)
     assert calls == [(done, total) for done in range(1, total + 1)]
     assert not replayable(Watching(), Budget(8)) and not replayable(make("random"), Budget(6, buffer=3))
+    assert not replayable(Late(), Budget(8)) and replayable(make("seer_attention_r"), Budget(8))
     with pytest.raises(ValueError, match="token by token"):
         replay_cache(model, "random", Budget(6, buffer=3))
 

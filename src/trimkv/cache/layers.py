@@ -289,7 +289,7 @@ class BoundedLayer(CacheLayerMixin):
             self._count_one()
             held, mask = store.view(), None
             if self.policy.selects:
-                mask = self.policy.visible(held, new)[:, :, None, :]
+                mask = self.policy.visible(held, new)
             elif self._any_empty and "attention" not in self.policy.needs:
                 mask = held.valid[:, :, None, :]
             if mask is not None and real is not None:
@@ -302,8 +302,11 @@ class BoundedLayer(CacheLayerMixin):
 
     def _count_one(self) -> None:
         self.count = min(self.count + 1, self.store.used)
-        attended = min(self.count, self.policy.attended(self.budget.tokens)) if self.policy.selects else self.count
-        self.peak_decode_tokens = max(self.peak_decode_tokens, attended)
+        self.peak_decode_tokens = max(self.peak_decode_tokens, self._attended(self.count))
+
+    def _attended(self, count: int) -> int:
+        """The most of ``count`` tokens held that a decode step attends to."""
+        return min(count, self.policy.attended(self.budget.tokens)) if self.policy.selects else count
 
     @property
     def looks_ahead(self) -> bool:

@@ -1,4 +1,5 @@
-"""What a bounded cache that evicts at every token would have kept, found for a whole sequence in one forward pass."""
+"""What each token would have attended to in a bounded cache that is fed token by token, found for a whole sequence in
+one forward pass: what was kept at its step, or, of a policy that keeps everything, what it selected."""
 
 from collections.abc import Callable
 
@@ -12,13 +13,14 @@ from .layers import BoundedLayer
 from .policies import Policy
 from .slots import NewTokens, Slots
 
-QUERIES = 128  # that attend together: a mask is [B, H, 128, M + 128], never T x T
+QUERIES = 128  # that attend together: a mask is [B, H, 128, M + 128], or as wide as what is kept, never T x T
 
 
 def replayable(policy: Policy, budget: Budget) -> bool:
-    """Whether what a layer keeps can be known before its attention runs: scores without later queries, keys seen where
-    they are, no buffer, no row state, no budget that heads share."""
-    stepwise = policy.observes or policy.moves_keys or policy.grows or policy.selects
+    """Whether what a layer's queries see can be known before its attention runs: scores without later queries, keys
+    seen where they are, selections that later tokens do not change, no buffer, no budget that heads share."""
+    late = policy.selects and not policy.selects_at_once
+    stepwise = policy.observes or policy.moves_keys or policy.grows or late
     return not stepwise and budget.buffer == 0 and not budget.shared
 
 
@@ -48,6 +50,7 @@ class ReplayLayer(BoundedLayer):
 
     Attributes:
         last: int32 [B, H, T], the last step at which each token is attended to: token j is seen by queries j..last[j].
+            None where the policy selects: each query sees its own choice.
         on_attended: called when the layer is through.
     """
 
@@ -70,20 +73,30 @@ class ReplayLayer(BoundedLayer):
         log_beta = self._take_log_beta(module, k, v) if "log_beta" in self.policy.needs else None
         position = torch.arange(T, dtype=torch.int32, device=k.device).expand(*k.shape[:3])
         self._note(q, k, scaling, softcap, s_aux)
-        tokens = NewTokens(k, v, position, {}, self.facts, {}, q, log_beta, module)
+        tokens = NewTokens(k, v, position, {}, self.facts, self._rows(q, k), q, log_beta, module)
         state = self.policy.new_state(tokens)
         tokens.state = {name: state[name].to(dtype) for name, dtype in self.policy.state.items()}
-        M = self.budget.tokens if self.policy.bounded else T
-        self.last = last_steps(tokens, self.policy, M, self.sinks, self.recent)
+        M, selects = self.budget.tokens if self.policy.bounded else T, self.policy.selects
+        self.last = None if selects else last_steps(tokens, self.policy, M, self.sinks, self.recent)
         out, peaks = [], []
         for start in range(0, T, QUERIES):
             end = min(start + QUERIES, T)
-            part, mask = _seen_by(tokens, self.last, start, end, M)
+            if selects:
+                part, mask = _selected_by(tokens, self.policy, start, end)
+            else:
+                part, mask = _seen_by(tokens, self.last, start, end, M)
+                peaks.append(mask.sum(-1).amax())
             out.append(attention.attend(q[:, :, start:end], part.k, part.v, mask, scaling, softcap, s_aux))
-            peaks.append(mask.sum(-1).amax())
-        self.peak_decode_tokens = max(self.peak_decode_tokens, int(torch.stack(peaks).amax()))
+        peak = self._attended(T) if selects else int(torch.stack(peaks).amax())
+        self.peak_decode_tokens = max(self.peak_decode_tokens, peak)
         self.on_attended()
         return torch.cat(out, 2)
+
+    def _rows(self, q: torch.Tensor, k: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the policy keeps per sequence, for a new one of T tokens: name -> zeros [B, ...]."""
+        B, H, T, D = k.shape
+        rows = self.policy.row_state(q.shape[1], H, D)
+        return {name: torch.zeros(B, *r.shape_for(T), dtype=r.dtype, device=k.device) for name, r in rows.items()}
 
 
 def last_steps(tokens: Slots, policy: Policy, M: int, sinks: int = 0, recent: int = 0) -> torch.Tensor:
@@ -132,6 +145,18 @@ def _seen_by(tokens: Slots, last: torch.Tensor, start: int, end: int, M: int) ->
     query = tokens.position[:1, :1, start:end, None]
     mask = (position[:, :, None] <= query) & (query <= last.gather(2, index)[:, :, None])
     return Slots(_pick(tokens.k, index), _pick(tokens.v, index), position, {}, tokens.layer), mask
+
+
+def _selected_by(tokens: NewTokens, policy: Policy, start: int, end: int) -> tuple[Slots, torch.Tensor]:
+    """The tokens before ``end``, and which of them the queries start..end-1 select, bool [B, H, end - start, end]."""
+    held, new = _part(tokens, slice(end)), _part(tokens, slice(start, end))
+    return held, policy.visible(held, new) & attention.position_rule(new.position[:, 0], held.position)
+
+
+def _part(tokens: NewTokens, part: slice) -> NewTokens:
+    k, v, position, q = (t[:, :, part] for t in (tokens.k, tokens.v, tokens.position, tokens.q))
+    state = {name: t[:, :, part] for name, t in tokens.state.items()}
+    return NewTokens(k, v, position, state, tokens.layer, tokens.rows, q, module=tokens.module)
 
 
 def _pick(t_BHTD: torch.Tensor, index_BHS: torch.Tensor) -> torch.Tensor:

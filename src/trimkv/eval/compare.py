@@ -65,13 +65,13 @@ def compare(
     stepwise: bool = False,
     block: int = 128,
 ) -> Comparison:
-    """Every policy at every budget: position t attends to itself and to what the policy kept of the tokens before it,
-    never to more than the budget, and eviction happens at every token.
+    """Every policy at every budget: position t attends to itself and to what the policy kept, or selects, of the tokens
+    before it, never to more than the budget, and eviction happens at every token.
 
-    What is kept depends on keys and gates alone for most policies. Their sequences are read in one forward pass that
-    replays the evictions of all steps in each layer (layerwise.py): the numbers of feeding one token at a time, in a
-    small part of the time. Policies whose scores need attention, budgets with a buffer, and models whose rotations
-    depend on the length are fed token by token.
+    What is kept depends on keys and gates alone for most policies, and what is selected on these and the position's own
+    query. Their sequences are read in one forward pass that replays all steps in each layer (layerwise.py): the numbers
+    of feeding one token at a time, in a small part of the time. Policies whose scores need attention, budgets with a
+    buffer, and models whose rotations depend on the length are fed token by token.
 
     Args:
         ids_NT: int64 [N, T], sequences of equal length without padding. Position t predicts token t + 1.

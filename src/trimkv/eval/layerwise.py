@@ -1,4 +1,4 @@
-"""The comparison's fast path: whole sequences in one forward pass, with the evictions of every step replayed."""
+"""The comparison's fast path: whole sequences in one forward pass, with what every step sees replayed."""
 
 from collections.abc import Callable
 

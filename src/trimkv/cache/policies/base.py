@@ -45,7 +45,7 @@ class Policy:
         name: as on the command line.
         needs: what a score is made of, any of ``NEEDS``: "log_beta" (trained gates), "keys", "values", "rotation"
             (``slots.layer.rotation``); "queries" and "attention" are given to ``observe``. A policy that needs neither
-            of these two can be replayed (replay.py).
+            of these two can be replayed (replay.py), unless it ``selects`` and not ``selects_at_once``.
         trained: whether it needs trained weights.
         source: paper section and repository commit.
         bounded: False keeps every token.
@@ -56,6 +56,8 @@ class Policy:
         moves_keys: whether queries see keys elsewhere than at their true positions (``keys``).
         head: name of the trained part that it needs on every attention module, beside or in place of gates.
         selects: True keeps every token, and each decode step attends to a choice of them (``visible``).
+        selects_at_once: whether ``visible`` answers for T tokens that came one by one as it did for each when it came,
+            although the slots, and what it keeps per sequence, know the later ones.
         search, offset: by which score the decode kernel can find the next victim while it attends ("retention",
             "position": see ``attention.slots_triton.decode``); "" where it cannot.
         published: what ``as_published`` changes; None where the published form is the one here, or cannot be had.
@@ -81,7 +83,7 @@ class Policy:
     state: dict[str, torch.dtype] = {}
     moves_keys = False
     head = ""
-    selects = False
+    selects = selects_at_once = False
     comparable = False
     published: Published | None = None
     search = ""
@@ -137,7 +139,13 @@ class Policy:
         return slots.k
 
     def visible(self, slots: Slots, new: NewTokens) -> torch.Tensor:
-        """bool [B, H, S]: the slots that a decoded token attends to, itself included; only where ``selects``."""
+        """bool [B, H, T, S]: the slots that each decoded token attends to, itself included; only where ``selects``.
+
+        Args:
+            slots: all tokens held, the new ones included. What is said of a slot whose token is later than the query is
+                not looked at.
+            new: one token; T successive ones where ``selects_at_once``.
+        """
         raise NotImplementedError
 
     def attended(self, M: int) -> int:

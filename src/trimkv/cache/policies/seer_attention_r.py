@@ -27,7 +27,7 @@ class SeerAttentionR(Policy):
     head = "attn_gate"
     source = "arXiv 2506.08889, section 3; microsoft/SeerAttention@aba03e3 seer_attn/decode_sparse"
     bounded = False
-    selects = True
+    selects = selects_at_once = True
     formula = "gate logit of the token's block; blocks are picked anew at each decode step"
     evicts = "never: memory is that of the full cache"
     peak_decode = "M, rounded down to blocks"
@@ -99,14 +99,15 @@ class SeerAttentionR(Policy):
 
     def visible(self, slots, new):
         gate, size = new.module.attn_gate, self.block_size
-        position = new.position[:, :1]  # [B, 1, 1]
+        position = new.position[:, :1]  # [B, 1, T]
         q = new.layer.rotation.turn(new.q.float(), -position)
         summary = slots.rows["summary"].transpose(1, 2)  # [B, H, N, W]
-        logits = gate.logits(gate.query(q, position[:, 0]), summary)[:, :, 0]
-        block = torch.arange(logits.shape[2], dtype=torch.int32, device=logits.device)
+        logits = gate.logits(gate.query(q, position[:, 0]), summary)  # [B, H, T, N]
+        block = torch.arange(logits.shape[3], dtype=torch.int32, device=logits.device)
+        position = position[..., None]
         own = block == position // size
         chosen = own.expand_as(logits)
-        picked = min(self._picked(slots.layer.budget), logits.shape[2])
+        picked = min(self._picked(slots.layer.budget), logits.shape[3])
         if picked:
             candidates = (block < position // size).expand_as(logits)
             if self.forced == "beside":  # an incomplete block's summary is zero in the source, and competes
@@ -114,9 +115,10 @@ class SeerAttentionR(Policy):
                 logits = logits.where(~own | complete, 0.0)
                 candidates = candidates | own
             rank = rank_key(logits.masked_fill(~candidates, float("-inf")), block)
-            best = torch.zeros_like(chosen).scatter(2, rank.topk(picked, dim=-1).indices, True)
+            best = torch.zeros_like(chosen).scatter(3, rank.topk(picked, dim=-1).indices, True)
             chosen = chosen | (best & candidates)
-        return chosen.gather(2, (slots.position.clamp_min(0) // size).long()) & slots.valid
+        where = (slots.position.clamp_min(0) // size).long()[:, :, None]  # [B, H, 1, S]
+        return chosen.gather(3, where.expand(-1, -1, chosen.shape[2], -1)) & slots.valid[:, :, None]
 
     def score(self, slots, now_B11):
         return slots.position.float()
