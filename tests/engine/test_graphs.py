@@ -8,8 +8,10 @@ import torch
 import tiny
 from alone import BUDGET, CHUNK, alone, long, prompt
 from trimkv import Engine
-from trimkv.engine.graphs import Graphs
+from trimkv.budget import Budget
 from trimkv.engine.request import DRAWN, GREEDY, KINDS
+from trimkv.engine.runner import Runner
+from trimkv.engine.staging import Staging
 
 
 class Stream:
@@ -17,29 +19,58 @@ class Stream:
         pass
 
 
+def host_state(runner) -> list[tuple]:
+    """(object, attribute, value) of what the host knows of both caches."""
+    found = []
+    for cache in (runner.cache, runner.staging.cache):
+        for layer in cache.layers:
+            for owner in (layer, layer.store, layer.facts):
+                numbers = {n: x for n, x in vars(owner).items() if x is None or isinstance(x, (bool, int))}
+                found += [(owner, name, value) for name, value in numbers.items()]
+    return found
+
+
 class Graph:
+    """Replays what a device would do: the host knows at a replay what it knew at the capture, and learns nothing."""
+
     def __init__(self, runner):
         self.runner, self.replays = runner, 0
 
+    def __enter__(self):
+        self.known = host_state(self.runner)
+
+    def __exit__(self, *error):
+        pass
+
     def replay(self):
         self.replays += 1
-        graphs = self.runner.graphs, self.runner.chunk_graph
+        graphs = self.runner.graphs, getattr(self.runner.staging, "graphs", None)
         owner, key = next((g, key) for g in graphs if g for key, graph in g.captured.items() if graph is self)
+        before = host_state(self.runner)
+        self._set(self.known)
         owner.step(*key)
+        self._set(before)
+
+    def _set(self, state):
+        for owner, name, value in state:
+            setattr(owner, name, value)
 
     def pool(self):
         return "pool"
 
 
 def make(monkeypatch, policy="trimkv", budget=BUDGET, chunk=CHUNK, **options):
+    monkeypatch.setattr(Runner, "fixed_chunks", True)
     engine = Engine(tiny.gated("qwen3"), policy, budget, rows=5, chunk=chunk, **options)
     runner = engine.runner
-    runner.graphs, runner.few_sizes, runner.lag = Graphs(runner._step, runner._idle), True, 1
+    runner.few_sizes, runner.lag = True, 1
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "graph", lambda *args, **options: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: graph)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Graph(runner))
+    runner._warm_up()
+    runner._replay(None)
     return engine
 
 
@@ -67,27 +98,78 @@ def test_graphs_are_captured_when_needed_and_used_again(engine):
     assert engine.runner.graphs.captured == captured
 
 
-@pytest.mark.parametrize("chunk, budget", [(8, 16), (16, 8), (8, 17)])
-def test_whole_chunks_of_long_prompts_are_one_graph(monkeypatch, chunk, budget):
-    """From the first one on that finds all slots taken, and not the last one, whose logits are needed."""
+LENGTHS = (1, 2, 5, 7, 8, 9, 15, 16, 17, 18, 24, 25, 33, 90)
+
+
+@pytest.mark.parametrize("chunk, budget", [(8, 16), (16, 8), (8, 17), (8, Budget(12, buffer=5)), (1, 8)])
+@pytest.mark.parametrize("fast_start", [True, False])
+def test_every_chunk_of_a_prompt_is_the_replay_of_a_graph(monkeypatch, chunk, budget, fast_start):
     engine = make(monkeypatch, budget=budget, chunk=chunk)
-    engine.runner._capture()
-    (graph,) = engine.runner.chunk_graph.captured.values()
-    for length in (5, 16, 17, 33, 90):
-        graph.replays = 0
+    runner = engine.runner
+    if not fast_start:
+        runner._capture()
+        everything = set(runner.staging.graphs.captured)
+    for length in LENGTHS:
+        for graph in runner.staging.graphs.captured.values():
+            graph.replays = 0
         found = engine.generate([prompt(length)], long(12), progress=False)[0]
         assert found.tokens == alone(engine.model, "trimkv", prompt(length), 12, budget, chunk), length
-        filled = -(-budget // chunk) * chunk
-        assert graph.replays == max((length - 1 - filled) // chunk, 0), length
+        replays = {key: graph.replays for key, graph in runner.staging.graphs.captured.items()}
+        assert sum(n for key, n in replays.items() if key[0] == "_forward") == -(-length // chunk), length
+        assert (
+            replays[("_copy",)]
+            == replays[("_forward", *runner.staging._forward_of((length - 1) % chunk + 1, False)[1:])]
+            == 1
+        )
+        assert runner.staging.cache.get_seq_length() == length
+        assert runner.cache.get_seq_length() >= length
+    if not fast_start:
+        assert set(runner.staging.graphs.captured) == everything
+    if chunk > 1:
+        engine.prefix(prompt(90)[:40])
+        again = engine.generate([prompt(90)], long(12), progress=False)[0]
+        assert (again.reused_tokens, again.tokens) == (40 // chunk * chunk, found.tokens)
+
+
+@pytest.mark.parametrize(
+    "policy", ["streaming_llm", "streaming_llm_cache", "keydiff", "knorm", "random", "locret", "lagkv", "full"]
+)
+def test_other_policies_read_by_graphs_too(monkeypatch, policy):
+    budget = 128 if policy == "full" else BUDGET
+    engine = make(monkeypatch, policy, budget)
+    for length in LENGTHS:
+        found = engine.generate([prompt(length)], long(12), progress=False)[0]
+        assert found.tokens == alone(engine.model, policy, prompt(length), 12, budget), length
+    names = {key[0] for key in engine.runner.staging.graphs.captured}
+    assert names == {"_forward", "_empty", "_copy"}
     engine.prefix(prompt(90)[:40])
     again = engine.generate([prompt(90)], long(12), progress=False)[0]
-    assert (again.reused_tokens, again.tokens) == (40 // chunk * chunk, found.tokens)
+    assert (again.reused_tokens, again.tokens) == (40, found.tokens)
+
+
+def test_a_prefix_may_end_anywhere(monkeypatch):
+    """A kept row goes on at any token, though its chunks are then cut otherwise."""
+    engine = make(monkeypatch, budget=64)
+    runner, ids = engine.runner, prompt(45)
+    request = engine._request(ids, long(1))
+    for length in (1, 8, 13, 44):
+        begun = engine._request(ids[:length], long(1))
+        begun.is_prefix = True
+        for start in range(runner.begin(begun), length, CHUNK):
+            assert runner.read(start, min(start + CHUNK, length), more=True) is None
+        runner.keep(begun)
+        assert runner.begin(request) == length
+        for start in range(length, 45, CHUNK):
+            logits = runner.read(start, min(start + CHUNK, 45), more=start + CHUNK < 45)
+        expect = engine.model(torch.tensor([ids])).logits[:, -1]  # nothing is evicted
+        torch.testing.assert_close(logits, expect, atol=1e-4, rtol=1e-4)
+        assert runner.staging.cache.get_seq_length() == runner.staging.cache.seen.item() == 45
 
 
 def test_a_policy_that_looks_at_queries_reads_without_a_graph(monkeypatch):
     engine = make(monkeypatch, policy="h2o")
     engine.runner._capture()
-    assert engine.runner.chunk_graph is None
+    assert type(engine.runner.staging) is Staging
     found = engine.generate([prompt(90)], long(12), progress=False)[0]
     assert found.tokens == alone(engine.model, "h2o", prompt(90), 12)
 

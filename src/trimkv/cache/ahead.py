@@ -89,6 +89,10 @@ class Ahead:
             return
         if self.seen.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("call cache.refresh() before capturing a graph: rows have changed since the last step")
+        self.find()
+
+    def find(self) -> None:
+        """``refresh`` whatever has happened, which may be captured."""
         for layer, next_slot in zip(self.layers, self.next_slot, strict=True):
             next_slot.copy_(layer.find_slot()[..., 0])
         self.stale = False

@@ -202,6 +202,36 @@ class BoundedCache(Cache):
         for mine, theirs in zip(self.layers, source.layers, strict=True):
             mine.copy_row(theirs, source_row, row)
 
+    def open(self) -> None:
+        """Brings all slots of a static cache into view: from now on a chunk of so many tokens is the same launches
+        whatever the rows hold, and an attention_mask is followed on the device.
+
+        Raises:
+            ValueError: this cache is not static.
+        """
+        self._check_static("open")
+        for layer in self.layers:
+            layer.open()
+
+    def take_row(self, source: "BoundedCache", row_1: torch.Tensor) -> None:
+        """``copy_row`` and ``refresh`` on the device alone, to be captured as a graph. Both caches are static and open.
+
+        Args:
+            source: of one row.
+            row_1: int64 [1], where to put it.
+        """
+        for mine, theirs in zip(self.layers, source.layers, strict=True):
+            mine.store.put_row(row_1, theirs.store)
+        if self.ahead is not None:
+            self.ahead.find()
+
+    def took_row(self, source: "BoundedCache") -> None:
+        """What the host has to know of ``take_row``."""
+        for mine, theirs in zip(self.layers, source.layers, strict=True):
+            mine.columns = max(mine.columns, theirs.columns)
+        if self.ahead is not None:
+            self.ahead.stale = False
+
     def begin_step(self, real_B1: torch.Tensor | None) -> None:
         """Called by the model's hook before a forward of one token per row."""
         if self.ahead is not None:

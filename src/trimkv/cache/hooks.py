@@ -103,7 +103,7 @@ def _real_tokens(mask, num_new: int, cache: BoundedCache) -> torch.Tensor | None
     if isinstance(mask, dict) or mask.ndim != 2:
         raise ValueError("a bounded cache takes a 2D attention_mask (1 = token, 0 = padding), not a prepared 4D mask")
     real = mask[:, -num_new:].bool()
-    if cache.static and num_new == 1:
+    if cache.static and (num_new == 1 or cache.padded):
         return real  # followed on the device, whatever it holds
     fresh = cache.get_seq_length() == 0
     if num_new > 1 or fresh or mask.device.type == "cpu":

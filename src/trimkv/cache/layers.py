@@ -26,7 +26,8 @@ class BoundedLayer(CacheLayerMixin):
 
     After ``allocate`` the layer is static: its slots are there before the first token, and a decode step has shapes and
     launches that depend neither on host numbers nor on what tensors hold, so that it can be captured as a CUDA graph,
-    with rows of any age. Peaks are then upper bounds.
+    with rows of any age. After ``open`` the same holds for a chunk, unless the policy observes. Peaks are then upper
+    bounds.
 
     Args:
         policy: decides what is worth least.
@@ -87,6 +88,12 @@ class BoundedLayer(CacheLayerMixin):
         self.static = keys
         self.lazy_initialization(*keys.empty(rows))
         self.store.add_rows(self.policy.row_state(keys.queries, keys.heads, keys.key_dim))
+
+    def restart(self) -> None:
+        """What the host knows of an open layer that holds nothing, where the device was told by a graph."""
+        self._forget()
+        self.store.used = self.store.capacity
+        self.open()
 
     # What the hooks leave for the forward that is about to run.
 
@@ -273,7 +280,7 @@ class BoundedLayer(CacheLayerMixin):
         store, buffer = self.store, self.budget.buffer
         if self.static is not None:
             self._touched()
-            self._open()
+            self.open()
         free = store.growing or store.used < store.capacity
         slot = None if free else self.find_slot()
         moved = self.policy.moves_keys or self.policy.selects
@@ -318,7 +325,7 @@ class BoundedLayer(CacheLayerMixin):
         if self.next_slot is not None:
             return self.next_slot[..., None]
         if self.static is not None:
-            self._open()
+            self.open()
         held = self.store.view()
         if self.budget.buffer:  # the last trim left free slots
             return held.position.argmin(-1, keepdim=True)
@@ -362,7 +369,7 @@ class BoundedLayer(CacheLayerMixin):
         """A decode step of a static cache that knows where its tokens go: the kernel is all there is to do."""
         ahead, i = self.ahead, self.which
         ahead.join()
-        self._open()
+        self.open()
         self.peak_decode_tokens = max(self.peak_decode_tokens, self.count)
         got = self._run_kernel(
             ahead.kernels,
@@ -389,8 +396,9 @@ class BoundedLayer(CacheLayerMixin):
             **options,
         )
 
-    def _open(self) -> None:
-        """From here on all slots are in view, and any of them may be empty: rows are of any age."""
+    def open(self) -> None:
+        """From here on all slots are in view, and any of them may be empty: rows are of any age, and a chunk is the
+        same launches for ever, as a decode step is."""
         if self.store.used < self.store.capacity:
             self.store.open()
         self.padded, self.count = True, self.store.capacity
@@ -488,6 +496,8 @@ class BoundedLayer(CacheLayerMixin):
             beyond_M = torch.arange(num, device=index.device) >= M
             position = position.masked_fill(over & beyond_M, NO_TOKEN)
         store.replace(new, together.state, index, position)
+        if self.static is not None and self.padded:
+            store.used = store.capacity  # still in view: the rest is empty
         self.count = min(self.count + T, num)
 
     def _score(self, slots: Slots, arriving: int = 0) -> torch.Tensor:
@@ -521,7 +531,7 @@ class BoundedLayer(CacheLayerMixin):
             k, v = held["slots"]["k"][None, :, :0], held["slots"]["v"][None, :, :0]
             self.lazy_initialization(k.expand(rows, -1, -1, -1), v.expand(rows, -1, -1, -1))
         if self.static is not None:
-            self._open()
+            self.open()
         self.store.add_rows(held["row_states"])
         alone = rows == 1 and self.static is None
         self.store.restore(row, held)
@@ -543,5 +553,5 @@ class BoundedLayer(CacheLayerMixin):
     def clear_row(self, row: int) -> None:
         """Forgets one row of a static layer; the others do not notice."""
         self._touched()
-        self._open()
+        self.open()
         self.store.clear_row(row)

@@ -327,6 +327,15 @@ class SlotStore:
             mine.copy_(t)
         self.used = max(self.used, n)
 
+    def put_row(self, row_1: torch.Tensor, other: "SlotStore") -> None:
+        """Copies the one row of another store, of as many slots, over the row whose number, int64, is on the device."""
+        theirs = other._per_slot()
+        for name, t in self._per_slot().items():
+            t.index_copy_(0, row_1, theirs[name])
+        for name, t in self.rows.items():
+            t.index_copy_(0, row_1, other.rows[name])
+        self.seen.index_copy_(0, row_1, other.seen)
+
     def move(self, device: torch.device | str) -> None:
         """Moves every tensor to a device."""
         for name, t in self._per_slot().items():

@@ -6,7 +6,6 @@ import torch
 
 from ..budget import Budget
 from ..cache.bounded import BoundedCache
-from ..cache.build import bounded_cache
 from ..cache.policies import POLICIES, Policy, make
 from ..cache.static import MOVING_ROPE
 
@@ -42,22 +41,6 @@ def check(model, policy: Policy, budget: Budget) -> None:
 
 def _fixed(policy: Policy) -> bool:
     return not policy.grows and not policy.selects
-
-
-@torch.no_grad()
-def make_staging(model, policy: Policy, budget: Budget, chunk: int) -> BoundedCache:
-    """A cache of one row to read prompts into, its memory allocated."""
-    cache = bounded_cache(model, policy, budget, chunk)
-    nothing = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
-    model(input_ids=nothing, position_ids=nothing, attention_mask=nothing, past_key_values=cache, use_cache=True)
-    cache.reset()
-    return cache
-
-
-def settled(staging: BoundedCache) -> bool:
-    """Whether every slot of the one row holds a token, so that all further whole chunks are the same work."""
-    layer = staging.slot_layers[0]
-    return layer.store.used == layer.count == layer.budget.tokens and not layer.padded
 
 
 def first_rows(cache: BoundedCache, rows: int) -> BoundedCache:

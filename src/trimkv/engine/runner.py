@@ -19,6 +19,7 @@ from .reports import Reports
 from .request import KINDS, Request
 from .rows import Rows
 from .sampling import choose, kernels, kind_of
+from .staging import FixedStaging, Staging
 
 logger = logging.getLogger(__name__)
 
@@ -35,9 +36,15 @@ class Runner:
         fast_start: on a GPU, graphs are captured when they are first needed and not all at the start.
         fused: decode steps with whole layers as a few launches; None: on a GPU, where the model is recognised.
 
+    Attributes:
+        fixed_chunks: whether every chunk of a prompt is the same work (``FixedStaging``), unless the policy observes.
+            None: on a GPU, where that work is a graph; on a CPU a short prompt would cost what a long one costs.
+
     Raises:
         ValueError: ``fused`` for a model that is not recognised.
     """
+
+    fixed_chunks: bool | None = None
 
     def __init__(
         self,
@@ -58,19 +65,19 @@ class Runner:
         self.few_sizes = self.on_gpu  # a size is a graph there; on a CPU every row costs
         self.vocabulary = model.config.get_text_config(decoder=True).vocab_size
         self.cache = bounded_cache(model, policy, budget, chunk, rows=rows)
-        self.staging = batch.make_staging(model, policy, budget, chunk)
+        fixed = self.on_gpu if self.fixed_chunks is None else self.fixed_chunks
+        kind = FixedStaging if fixed and not policy.observes else Staging
+        self.staging = kind(model, policy, budget, chunk, self.cache)
         self.rows = Rows.empty(rows, self.vocabulary, self.device)
         self.choose_and_advance = kernels(self.device) if self.ranks is None else None
         self.reports = Reports(rows, self.device)
         self.kept: OrderedDict[tuple[int, ...], RowSnapshot] = OrderedDict()
         self.prompt = torch.empty(0, dtype=torch.int64)  # what is in the staging row, or will be
         self.compile, self.fused = compile, self._fused(fused)
-        self.ids = torch.zeros(1, chunk, dtype=torch.int64, device=self.device)  # a chunk that a graph reads
-        self.positions = torch.zeros_like(self.ids)
-        self.graphs = self.chunk_graph = None
+        self.graphs: Graphs | None = None
         if self.on_gpu:
-            self.graphs = Graphs(self._step, self._idle, torch.cuda.graph_pool_handle())
             self._warm_up()
+            self._replay(torch.cuda.graph_pool_handle())
         if self.on_gpu and not fast_start:
             self._capture()
 
@@ -90,16 +97,16 @@ class Runner:
     @torch.no_grad()
     def begin(self, request: Request) -> int:
         """Makes the staging row ready for a prompt. Returns how many of its tokens are there already."""
-        self.staging.reset()
         prompt = torch.tensor(request.prompt)
         self.prompt = (prompt.pin_memory() if self.on_gpu else prompt).to(self.device, non_blocking=True)
         key = tuple(request.prompt)
         known = [prefix for prefix in self.kept if len(prefix) < len(key) and key[: len(prefix)] == prefix]
-        if not known:
-            return 0
-        longest = max(known, key=len)
-        self.kept.move_to_end(longest)
-        self.staging.restore(self.kept[longest])
+        longest = max(known, key=len, default=())
+        self.staging.prepare(len(key) - len(longest), more=request.is_prefix)
+        self.staging.clear()
+        if longest:
+            self.kept.move_to_end(longest)
+            self.staging.restore(self.kept[longest])
         return len(longest)
 
     @torch.no_grad()
@@ -109,30 +116,12 @@ class Runner:
         Args:
             more: whether the text goes on after them; nobody needs their logits then, and None is returned.
         """
-        ids, positions = self.prompt[None, start:end], torch.arange(start, end, device=self.device)[None]
-        if not more:
-            self.staging.stage_more(False)
-            return self.model(
-                input_ids=ids, position_ids=positions, past_key_values=self.staging, use_cache=True, logits_to_keep=1
-            ).logits[:, -1]
-        if self.chunk_graph and end - start == self.chunk and batch.settled(self.staging):
-            self.ids.copy_(ids)
-            self.positions.copy_(positions)
-            self.chunk_graph()
-        else:
-            self._read_on(ids, positions)
-        return None
-
-    def _read_on(self, ids_1T: torch.Tensor, positions_1T: torch.Tensor) -> None:
-        self.staging.stage_more(True)
-        self.model.get_decoder()(
-            input_ids=ids_1T, position_ids=positions_1T, past_key_values=self.staging, use_cache=True
-        )
+        return self.staging.read(self.prompt, start, end, more)
 
     @torch.no_grad()
     def join(self, request: Request, row: int, logits_1V: torch.Tensor) -> None:
         """Puts the staging row, whose prompt is read, among the running ones and draws its first token."""
-        self.cache.copy_row(self.staging, 0, row)
+        self.staging.join(row)
         self.rows.place(row, request, self.prompt)
         own = self.rows.part(row, row + 1)
         self._end(logits_1V, own, request.params.kind)
@@ -205,7 +194,7 @@ class Runner:
         self.rows.active.zero_()
         self.cache.reset()
         self.cache.clear_rows(list(range(self.num_rows)))
-        self.staging.reset()
+        self.staging.clear()
 
     @contextlib.contextmanager
     def _idle(self):
@@ -223,34 +212,32 @@ class Runner:
         """Where graphs are captured, and what they need is made beforehand."""
         return compiled_parts(self.model) if self.compile else contextlib.nullcontext()
 
+    def _replay(self, pool) -> None:
+        """From now on steps, and chunks where they can be, are graphs in one pool of memory."""
+        self.graphs = Graphs(self._step, self._idle, pool)
+        if isinstance(self.staging, FixedStaging):
+            self.staging.replay(self._compiled, pool)
+
     @torch.no_grad()
     def _capture(self) -> None:
-        """All graphs, the largest first: the others find room in its memory. A chunk of a prompt is one, too, once the
-        slots are full: it then does the same with the same shapes, unless a policy looks at each of its queries."""
-        self._fill_staging()
-        if batch.settled(self.staging) and not self.cache.slot_layers[0].policy.observes:
-            self.chunk_graph = Graphs(lambda: self._read_on(self.ids, self.positions), self._compiled, self.graphs.pool)
-            self.chunk_graph.capture()
-        self.staging.reset()
+        """All graphs, the largest first: the others find room in its memory."""
+        self.staging.capture()
         for size in sorted({self._bucket(n + 1) for n in range(self.num_rows)}, reverse=True):
             for kind in KINDS:
                 self.graphs.capture(size, kind)
-
-    def _fill_staging(self) -> None:
-        """Reads a prompt that fills the slots."""
-        tokens = self.cache.slot_layers[0].budget.slots + 2 * self.chunk
-        self.prompt = torch.zeros(tokens, dtype=torch.int64, device=self.device)
-        for start in range(0, tokens, self.chunk):
-            self.read(start, min(start + self.chunk, tokens), more=start + self.chunk < tokens)
 
     @torch.no_grad()
     def _warm_up(self) -> None:
         """Reads a prompt that fills the slots, keeps it as often as it may be kept and makes a token: what the largest
         forwards need is then in the allocator's hands."""
-        self._fill_staging()
+        tokens = self.cache.slot_layers[0].budget.slots + 2 * self.chunk
+        self.prompt = torch.zeros(tokens, dtype=torch.int64, device=self.device)
+        self.staging.clear()
+        for start in range(0, tokens, self.chunk):
+            self.read(start, min(start + self.chunk, tokens), more=start + self.chunk < tokens)
         taken = [self.staging.snapshot() for _ in range(self.prefixes)]
         del taken
-        self.cache.copy_row(self.staging, 0, 0)
+        self.staging.join(0)
         with self._compiled():
             for kind in KINDS:
                 self._step(self.num_rows, kind)
@@ -262,7 +249,7 @@ class Runner:
     def memory(self) -> dict[str, int]:
         """Bytes by purpose, in this process: what is allocated, and at most for prefixes and logits."""
         row = self.staging.nbytes
-        logits = self.num_rows * self.vocabulary * self.model.dtype.itemsize
+        logits = (self.num_rows + 1) * self.vocabulary * self.model.dtype.itemsize
         return {
             "weights": sum(local_nbytes(p) for p in (*self.model.parameters(), *self.model.buffers())),
             "slots": self.cache.nbytes,
@@ -274,6 +261,8 @@ class Runner:
 
     def close(self) -> None:
         """Gives memory back; the model stays usable."""
-        self.graphs = self.chunk_graph = None
+        self.graphs = None
         self.kept.clear()
+        if self.staging is not None:
+            self.staging.close()
         self.cache = self.staging = self.rows = None
