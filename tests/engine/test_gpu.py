@@ -6,6 +6,7 @@ import torch
 import tiny
 from alone import BUDGET, CHUNK, alone, long, prompt
 from trimkv import Engine
+from trimkv.engine.runner import Runner
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,6 +26,41 @@ def test_a_request_gets_what_it_gets_alone(model, policy, fast_start):
     with Engine(model, policy, BUDGET, rows=5, chunk=CHUNK, fast_start=fast_start) as engine:
         found = engine.generate([prompt(p) for p, _ in LENGTHS], [long(n) for _, n in LENGTHS], progress=False)
     assert [request.tokens for request in found] == [alone(model, policy, prompt(p), n) for p, n in LENGTHS]
+
+
+@pytest.mark.parametrize("policy", ["trimkv", "streaming_llm", "keydiff", "random"])
+def test_prompts_read_by_graphs_say_what_prompts_read_without_say(monkeypatch, model, policy):
+    """Shorter than a chunk, whole chunks and one token more, fewer and more tokens than slots; a kept prefix, too."""
+    lengths, tokens = (1, 2, 7, 8, 9, 15, 16, 17, 24, 25, 64, 65, 90), []
+    for fixed in (None, False):
+        monkeypatch.setattr(Runner, "fixed_chunks", fixed)
+        with Engine(model, policy, BUDGET, rows=4, chunk=CHUNK) as engine:
+            assert (getattr(engine.runner.staging, "graphs", None) is not None) == (fixed is None)
+            found = engine.generate([prompt(p) for p in lengths], long(12), progress=False)
+            engine.prefix(prompt(90)[:43])
+            again = engine.generate([prompt(90)] * 2, long(12), progress=False)
+            assert [one.reused_tokens for one in again] == [40, 40]
+            tokens.append([request.tokens for request in (*found, *again)])
+    assert tokens[0] == tokens[1]
+    assert tokens[0][-1] == tokens[0][-2] == tokens[0][len(lengths) - 1]
+
+
+def test_reading_a_prompt_waits_for_nothing(model):
+    """Several chunks, the last of them padded, from the start and from a kept prefix, beside a row that runs."""
+    with Engine(model, "trimkv", BUDGET, rows=4, chunk=CHUNK) as engine:
+        first = engine.add(prompt(9), long(300))
+        engine.prefix(prompt(90)[:40])
+        engine.generate([prompt(61), prompt(90)], long(3), progress=False)
+        later = [engine.add(prompt(p), long(100)) for p in (61, 90, 17)]
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            while any(engine._find(id).status != "running" for id in later):
+                engine.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert not engine._find(first).done
+        for id, p in zip(later, (61, 90, 17), strict=True):
+            assert engine.result(id).tokens == alone(model, "trimkv", prompt(p), 100), p
 
 
 def test_drawn_tokens_are_those_of_the_cpu(model):
@@ -75,6 +111,25 @@ def test_rows_that_run_are_not_touched_by_a_late_capture(model):
         for id, p in zip(later, (9, 40, 5), strict=True):
             assert engine.result(id).tokens == alone(model, "trimkv", prompt(p), 20)
         assert len(engine.runner.graphs.captured) >= 3
+
+
+def test_chunks_that_are_captured_late_touch_neither_rows_nor_prompts(model):
+    """With a fast start: the first prompt has one token, those that come beside it need other chunks."""
+    lengths = (1, 30, 17, 8)
+    with Engine(model, "trimkv", BUDGET, rows=4, chunk=CHUNK, fast_start=True) as engine:
+        assert not engine.runner.staging.graphs.captured
+        ids = []
+        for p in lengths:
+            ids.append(engine.add(prompt(p), long(40)))
+            for _ in range(7):
+                engine.step()
+        engine.prefix(prompt(90)[:40])
+        for id, p in zip(ids, lengths, strict=True):
+            assert engine.result(id).tokens == alone(model, "trimkv", prompt(p), 40), p
+        again = engine.generate([prompt(90)], long(20), progress=False)[0]
+        assert (again.reused_tokens, again.tokens) == (40, alone(model, "trimkv", prompt(90), 20))
+        forwards = {key for key in engine.runner.staging.graphs.captured if key[0] == "_forward"}
+        assert forwards == {("_forward", 1, False), ("_forward", CHUNK, True), ("_forward", CHUNK, False)}
 
 
 def test_compiled_parts_say_the_same():

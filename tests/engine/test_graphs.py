@@ -5,13 +5,18 @@ import contextlib
 import pytest
 import torch
 
+import interpreter
 import tiny
 from alone import BUDGET, CHUNK, alone, long, prompt
 from trimkv import Engine
 from trimkv.budget import Budget
+from trimkv.cache import fused
 from trimkv.engine.request import DRAWN, GREEDY, KINDS
 from trimkv.engine.runner import Runner
 from trimkv.engine.staging import Staging
+
+slots_triton = pytest.importorskip("trimkv.attention.slots_triton")
+keep_triton = pytest.importorskip("trimkv.attention.keep_triton")
 
 
 class Stream:
@@ -172,6 +177,34 @@ def test_a_policy_that_looks_at_queries_reads_without_a_graph(monkeypatch):
     assert type(engine.runner.staging) is Staging
     found = engine.generate([prompt(90)], long(12), progress=False)[0]
     assert found.tokens == alone(engine.model, "h2o", prompt(90), 12)
+
+
+def check_kernels(monkeypatch, policy, lengths, new):
+    """Tokens with the kernels, or what stands in for them, against plain torch's."""
+    with fused.plain_torch():
+        model = tiny.gated("qwen3")
+        expect = [alone(model, policy, prompt(length), new) for length in lengths]
+    with make(monkeypatch, policy) as engine:
+        assert engine.runner.cache.ahead is not None
+        kept, keep = [], keep_triton.keep
+        monkeypatch.setattr(keep_triton, "keep", lambda *args, **options: kept.append(1) or keep(*args, **options))
+        found = engine.generate([prompt(length) for length in lengths], long(new), progress=False)
+        assert [one.tokens for one in found] == expect and kept
+
+
+@pytest.mark.parametrize("policy", ["trimkv", "streaming_llm"])
+def test_chunks_by_kernels_give_the_same_tokens(monkeypatch, policy):
+    monkeypatch.setattr(fused, "kernels", lambda q, k, v: slots_triton)
+    check_kernels(monkeypatch, policy, LENGTHS, 12)
+
+
+def test_the_kernels_in_the_interpreter():
+    interpreter.run_interpreted_tests(__file__)
+
+
+@pytest.mark.skipif(not interpreter.INTERPRETED, reason="runs in a process of its own")
+def test_chunks_by_interpreted_kernels_give_the_same_tokens(monkeypatch):
+    check_kernels(monkeypatch, "trimkv", (1, 20), 2)
 
 
 def test_all_graphs_are_captured_at_the_start_unless_told_otherwise(engine):

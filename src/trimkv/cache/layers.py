@@ -417,8 +417,13 @@ class BoundedLayer(CacheLayerMixin):
         self._touched()
         store, n, T = self.store, self.store.used, new.k.shape[2]
         kernels = fused.kernels(new.q, new.k, new.v) if self.policy.needs <= {"log_beta"} else None
-        together = store.view().with_new(new, keys=kernels is None) if n else new
         self.peak_prefill_tokens = max(self.peak_prefill_tokens, self.count + T)
+        if kernels is not None and self._keeps_in_place(T):
+            store.advance(T, real)
+            out = self._attend_fused(kernels, new)
+            self._keep_in_place(new)
+            return out
+        together = store.view().with_new(new, keys=kernels is None) if n else new
         if n:
             # Without a copy of all keys and values, those that stay are gathered, keys first.
             gathered = 0 if kernels is None else 3 * min(n + T, store.capacity) * new.k[:, :, 0].nbytes
@@ -499,6 +504,27 @@ class BoundedLayer(CacheLayerMixin):
         if self.static is not None and self.padded:
             store.used = store.capacity  # still in view: the rest is empty
         self.count = min(self.count + T, num)
+
+    def _keeps_in_place(self, T: int) -> bool:
+        """Whether ``_keep_in_place`` can do what ``_keep`` does, for slots that are all in view."""
+        in_view = self.static is not None and self.padded and self.store.used == self.store.capacity
+        from ..attention import keep_triton
+
+        return in_view and self.looks_ahead and keep_triton.possible(self.store.capacity, T)
+
+    def _keep_in_place(self, new: NewTokens) -> None:
+        """``_keep`` by kernels, which touch no token that stays where it is."""
+        from ..attention import keep_triton
+
+        store = self.store
+        keep_triton.keep(
+            *(new.k, new.v, new.position[:, 0], store.k, store.v, store.position, store.seen),
+            *(new.state.get("log_beta"), store.state.get("log_beta")),
+            score=self.policy.search,
+            sinks=self.sinks,
+            recent=self.recent,
+            offset=self.policy.offset,
+        )
 
     def _score(self, slots: Slots, arriving: int = 0) -> torch.Tensor:
         """The policy's score with sinks and recent tokens protected; an arriving token counts as one of the recent."""
