@@ -7,7 +7,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from .ahead import Ahead
-from .layers import BoundedLayer
+from .layers import BoundedLayer, places
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,11 @@ class BoundedCache(Cache):
 
     def stage_padding(self, real_BT: torch.Tensor | None) -> None:
         """Takes which of the tokens of the coming forward are real."""
+        known = None
+        if self.static and real_BT is not None and real_BT.shape[1] > 1:
+            known = places(self.seen, real_BT.to(self.seen.device))  # rows are of one age in all layers
         for layer in self.slot_layers:
-            layer.stage_padding(real_BT)
+            layer.stage_padding(real_BT, known)
 
     def stage_more(self, more: bool) -> None:
         """Takes whether the coming forward leaves off before the end of a prompt."""

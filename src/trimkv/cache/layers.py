@@ -17,6 +17,13 @@ from .slots import LayerFacts, NewTokens, Slots, SlotStore
 from .static import Keys
 
 
+def places(seen_B: torch.Tensor, real_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of tokens to come among which there may be padding: their positions, int32 [B, T], -1 for padding; and how many
+    of each row are real, int32 [B]."""
+    rank = real_BT.cumsum(-1, dtype=torch.int32)
+    return torch.where(real_BT, seen_B[:, None] + rank - 1, NO_TOKEN), rank[:, -1]
+
+
 class BoundedLayer(CacheLayerMixin):
     """One attention layer's tokens in a fixed number of slots.
 
@@ -69,6 +76,7 @@ class BoundedLayer(CacheLayerMixin):
         self.count = 0  # tokens held per head, an upper bound where rows differ
         self.log_beta: torch.Tensor | None = None  # of the tokens to come, left here by the gate's hook
         self.real: torch.Tensor | None = None  # [B, T] False where a token to come is padding; None = no padding
+        self.places: tuple | None = None  # of the tokens to come, if somebody knows them: see ``places``
         self.waiting = 0  # tokens given to update() that no attention has seen yet
         self.more = False  # whether the prompt goes on after the forward to come
         self._touched()
@@ -105,9 +113,13 @@ class BoundedLayer(CacheLayerMixin):
         """Where a gate's hook computes: nothing waits for it before attention does."""
         return nullcontext() if self.ahead is None else self.ahead.beside()
 
-    def stage_padding(self, real_BT: torch.Tensor | None) -> None:
-        """Takes which of the tokens to come are real (True) and which are padding; None if all are real."""
-        self.real = real_BT
+    def stage_padding(self, real_BT: torch.Tensor | None, places: tuple | None = None) -> None:
+        """Takes which of the tokens to come are real (True) and which are padding; None if all are real.
+
+        Args:
+            places: what ``places`` says of them, made once for all layers.
+        """
+        self.real, self.places = real_BT, places
         self.padded |= real_BT is not None
 
     def stage_more(self, more: bool) -> None:
@@ -228,17 +240,20 @@ class BoundedLayer(CacheLayerMixin):
         log_beta = self._take_log_beta(module, k, v) if "log_beta" in self.policy.needs else None
         self._note(q, k, scaling, softcap, s_aux)
         real, self.real, self.waiting = self.real, None, 0
+        known, self.places = self.places, None
         if self.ahead is not None and k.shape[2] == 1:
             return self._decode_ahead(q, k, v, log_beta)
         if real is not None:
             real = real.to(k.device)
         T, step = k.shape[2], self.chunk or k.shape[2]
+        if known is not None:
+            known = tuple(t.to(k.device) for t in known) if 1 < T <= step else None
         out = []
         for start in range(0, T, step):
             part = slice(start, min(start + step, T))
             part_real = None if real is None else real[:, part]
             part_beta = None if log_beta is None else log_beta[:, :, part]
-            new = self._new_tokens(module, q[:, :, part], k[:, :, part], v[:, :, part], part_real, part_beta)
+            new = self._new_tokens(module, q[:, :, part], k[:, :, part], v[:, :, part], part_real, part_beta, known)
             self.facts.more_follows = self.more or part.stop < T
             run = self._decode if new.k.shape[2] == 1 else self._prefill
             out.append(run(new, part_real))
@@ -260,16 +275,18 @@ class BoundedLayer(CacheLayerMixin):
             raise ValueError(f"policy {self.policy.name} needs retention gates: call trimkv.attach(model, gates) first")
         return log_beta.to(k.device)
 
-    def _new_tokens(self, module, q, k, v, real, log_beta) -> NewTokens:
+    def _new_tokens(self, module, q, k, v, real, log_beta, known) -> NewTokens:
         """The tokens of a chunk with their positions, and what the policy remembers of them."""
         B, H, T, _ = k.shape
-        seen = self.store.seen[:, None]
-        if real is None:
-            position = seen.clone() if T == 1 else seen + torch.arange(T, dtype=torch.int32, device=k.device)
+        seen, count = self.store.seen[:, None], None
+        if known is not None:
+            position, count = known
+        elif real is not None:
+            position, count = places(self.store.seen, real)
         else:
-            position = torch.where(real, seen + real.cumsum(-1, dtype=torch.int32) - 1, NO_TOKEN)
+            position = seen.clone() if T == 1 else seen + torch.arange(T, dtype=torch.int32, device=k.device)
         position = position[:, None].expand(B, H, T)
-        new = NewTokens(k, v, position, {}, self.facts, self.store.rows, q, log_beta, module)
+        new = NewTokens(k, v, position, {}, self.facts, self.store.rows, q, log_beta, module, count)
         if self.policy.selects:
             self.store.reserve(T)  # what it keeps per sequence may grow with the tokens
         new.state = self.policy.new_state(new)
@@ -292,7 +309,7 @@ class BoundedLayer(CacheLayerMixin):
                 store.append(new)
             else:
                 store.overwrite(slot, new, None if real is None else real[:, 0])
-            store.advance(1, real)
+            store.advance(1, new.count)
             self._count_one()
             held, mask = store.view(), None
             if self.policy.selects:
@@ -356,7 +373,7 @@ class BoundedLayer(CacheLayerMixin):
         self.next_slot = got.next_slot if ahead else None
         if policy.search != "retention":
             store.overwrite_state(slot, new)
-        store.advance(1, real)
+        store.advance(1, new.count)
         self._count_one()
         if policy.observes:
             held = store.view()
@@ -419,7 +436,7 @@ class BoundedLayer(CacheLayerMixin):
         kernels = fused.kernels(new.q, new.k, new.v) if self.policy.needs <= {"log_beta"} else None
         self.peak_prefill_tokens = max(self.peak_prefill_tokens, self.count + T)
         if kernels is not None and self._keeps_in_place(T):
-            store.advance(T, real)
+            store.advance(T, new.count)
             out = self._attend_fused(kernels, new)
             self._keep_in_place(new)
             return out
@@ -428,7 +445,7 @@ class BoundedLayer(CacheLayerMixin):
             # Without a copy of all keys and values, those that stay are gathered, keys first.
             gathered = 0 if kernels is None else 3 * min(n + T, store.capacity) * new.k[:, :, 0].nbytes
             self.transient_bytes = max(self.transient_bytes, together.nbytes + gathered)
-        store.advance(T, real)
+        store.advance(T, new.count)
         if kernels is not None:
             out = self._attend_fused(kernels, new)
             self._keep(together, new)

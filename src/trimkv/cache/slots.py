@@ -100,11 +100,13 @@ class NewTokens(Slots):
         q: their own queries [B, Q, T, D], rotated.
         log_beta: [B, H, T] from the layer's gate, for policies that need it.
         module: the layer's attention module, for policies with trained parts on it.
+        count: int32 [B], how many are no padding; None: all of them.
     """
 
     q: torch.Tensor | None = None
     log_beta: torch.Tensor | None = None
     module: object = None
+    count: torch.Tensor | None = None
 
 
 class SlotStore:
@@ -248,9 +250,9 @@ class SlotStore:
             self.state[name][:, :, :N] = t
         self.used = N
 
-    def advance(self, tokens: int, real_BT: torch.Tensor | None = None) -> None:
-        """Counts new tokens as seen; where ``real_BT`` is given, padding does not count."""
-        self.seen += tokens if real_BT is None else real_BT.sum(-1, dtype=torch.int32)
+    def advance(self, tokens: int, real_B: torch.Tensor | None = None) -> None:
+        """Counts new tokens as seen; where ``real_B``, how many are no padding, is given, it is those."""
+        self.seen += tokens if real_B is None else real_B
 
     def empty(self, evicted_BHS: torch.Tensor) -> None:
         """Empties slots in place: keys and values stay where they are, nobody attends to them any more."""
