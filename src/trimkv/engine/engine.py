@@ -62,7 +62,8 @@ class Engine:
         max_prompt_tokens: longer prompts are refused; the model's own context by default.
         prefixes: beginnings of prompts that can be kept (``prefix``), each for the memory of a row.
         compile: on a GPU, torch.compile for the small parts of the model in captured graphs: a slower start.
-        fast_start: on a GPU, capture graphs when they are needed and not all at the start.
+        fast_start: on a GPU, capture graphs when they are needed and not all at the start: the first prompts and steps
+            of a kind are slow.
         fused: decode steps with whole layers as a few launches each. None: on a GPU, where the model's layers are
             recognised; the log says why not.
 
