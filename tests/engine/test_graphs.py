@@ -7,13 +7,15 @@ import torch
 
 import interpreter
 import tiny
+import trimkv
 from alone import BUDGET, CHUNK, alone, long, prompt
 from trimkv import Engine
 from trimkv.budget import Budget
 from trimkv.cache import fused
+from trimkv.cache.policies import make as make_policy
 from trimkv.engine.request import DRAWN, GREEDY, KINDS
 from trimkv.engine.runner import Runner
-from trimkv.engine.staging import Staging
+from trimkv.engine.staging import FixedStaging, Staging
 
 slots_triton = pytest.importorskip("trimkv.attention.slots_triton")
 keep_triton = pytest.importorskip("trimkv.attention.keep_triton")
@@ -106,8 +108,10 @@ def test_graphs_are_captured_when_needed_and_used_again(engine):
 LENGTHS = (1, 2, 5, 7, 8, 9, 15, 16, 17, 18, 24, 25, 33, 90)
 
 
-@pytest.mark.parametrize("chunk, budget", [(8, 16), (16, 8), (8, 17), (8, Budget(12, buffer=5)), (1, 8)])
-@pytest.mark.parametrize("fast_start", [True, False])
+@pytest.mark.parametrize(
+    "chunk, budget, fast_start",
+    [(8, 16, True), (8, 16, False), (16, 8, True), (8, 17, False), (8, Budget(12, buffer=5), True), (1, 8, False)],
+)
 def test_every_chunk_of_a_prompt_is_the_replay_of_a_graph(monkeypatch, chunk, budget, fast_start):
     engine = make(monkeypatch, budget=budget, chunk=chunk)
     runner = engine.runner
@@ -150,6 +154,29 @@ def test_other_policies_read_by_graphs_too(monkeypatch, policy):
     engine.prefix(prompt(90)[:40])
     again = engine.generate([prompt(90)], long(12), progress=False)[0]
     assert (again.reused_tokens, again.tokens) == (40, found.tokens)
+
+
+@pytest.mark.parametrize("budget", [16, 13, Budget(12, buffer=5), Budget(12, sinks=2, recent=4)])
+@pytest.mark.parametrize("policy", ["trimkv", "streaming_llm", "keydiff"])
+def test_padded_chunks_leave_what_chunks_without_padding_leave(policy, budget):
+    """The same logits, and in the row that joins the same tokens."""
+    model = tiny.gated("qwen3")
+    for length in LENGTHS:
+        found = []
+        for kind in (Staging, FixedStaging):
+            target = trimkv.bounded_cache(model, policy, budget, CHUNK, rows=2)
+            staging = kind(model, make_policy(policy), Budget.of(budget), CHUNK, target)
+            staging.clear()
+            with torch.no_grad():
+                for start in range(0, length, CHUNK):
+                    end = min(start + CHUNK, length)
+                    logits = staging.read(torch.tensor(prompt(length)), start, end, more=end < length)
+                staging.join(1)
+            found.append((logits, [store.position[1].sort(-1).values for store in target.stores], target.seen))
+        (expect, kept, seen), (got, mine, mine_seen) = found
+        torch.testing.assert_close(got, expect, atol=1e-4, rtol=1e-4)
+        assert all(torch.equal(a, b) for a, b in zip(mine, kept, strict=True)), length
+        assert torch.equal(mine_seen, seen) and seen.tolist() == [0, length]
 
 
 def test_a_prefix_may_end_anywhere(monkeypatch):

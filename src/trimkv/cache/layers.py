@@ -435,10 +435,11 @@ class BoundedLayer(CacheLayerMixin):
         store, n, T = self.store, self.store.used, new.k.shape[2]
         kernels = fused.kernels(new.q, new.k, new.v) if self.policy.needs <= {"log_beta"} else None
         self.peak_prefill_tokens = max(self.peak_prefill_tokens, self.count + T)
-        if kernels is not None and self._keeps_in_place(T):
+        keeper = None if kernels is None else self._keeper(T)
+        if keeper is not None:
             store.advance(T, new.count)
             out = self._attend_fused(kernels, new)
-            self._keep_in_place(new)
+            self._keep_in_place(keeper, new)
             return out
         together = store.view().with_new(new, keys=kernels is None) if n else new
         if n:
@@ -522,19 +523,17 @@ class BoundedLayer(CacheLayerMixin):
             store.used = store.capacity  # still in view: the rest is empty
         self.count = min(self.count + T, num)
 
-    def _keeps_in_place(self, T: int) -> bool:
-        """Whether ``_keep_in_place`` can do what ``_keep`` does, for slots that are all in view."""
+    def _keeper(self, T: int):
+        """The module of kernels that do what ``_keep`` does where all slots are in view, or None if they cannot."""
+        from ..attention import keep_triton
+
         in_view = self.static is not None and self.padded and self.store.used == self.store.capacity
-        from ..attention import keep_triton
+        return keep_triton if in_view and self.looks_ahead and keep_triton.possible(self.store.capacity, T) else None
 
-        return in_view and self.looks_ahead and keep_triton.possible(self.store.capacity, T)
-
-    def _keep_in_place(self, new: NewTokens) -> None:
+    def _keep_in_place(self, keeper, new: NewTokens) -> None:
         """``_keep`` by kernels, which touch no token that stays where it is."""
-        from ..attention import keep_triton
-
         store = self.store
-        keep_triton.keep(
+        keeper.keep(
             *(new.k, new.v, new.position[:, 0], store.k, store.v, store.position, store.seen),
             *(new.state.get("log_beta"), store.state.get("log_beta")),
             score=self.policy.search,
