@@ -97,7 +97,7 @@ def layer(run: Run) -> Iterator[dict]:
     times = {}
     for layers in (few, more):
         model = models.build(run.args.shape, str(run.device), run.dtype, layers=layers)
-        for system in ("trimkv", "trimkv-compiled"):
+        for system in run.args.systems.split(","):
             given = _options(run, (4, 8, 64), system, (run.args.context,))
             for row in decode.measure(model, given, run.bandwidth):
                 times[system, row["batch"], layers] = row
@@ -116,7 +116,7 @@ def step(run: Run) -> Iterator[dict]:
     """Decode at M = 1,024: trimkv behind a long context, and policy full with as many slots."""
     M, long = run.args.budget, run.args.context
     batches = (4, 8, 64)
-    for system in ("trimkv", "trimkv-compiled"):
+    for system in run.args.systems.split(","):
         yield from _decode(run, batches, system, (long,))
     yield from _decode(run, batches, "full", (max(M - ROOM, 1),))
     yield from _decode(run, (4,), "full", (long,))
@@ -180,6 +180,7 @@ def main():
     parser.add_argument("--budget", type=int, default=1024)
     parser.add_argument("--context", type=int, default=32_786)
     parser.add_argument("--prompt", type=int, default=131_072)
+    parser.add_argument("--systems", default="trimkv,trimkv-compiled", help="of parts layer and step")
     parser.add_argument("--sweep", action="store_true", help="of part linear: other blocks, at 8 and 64 rows")
     parser.add_argument("--name", default="decode_gpu", help="of the file")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the file")

@@ -15,7 +15,6 @@ import triton.language as tl
 from triton.language.extra import cuda
 
 ON = True  # whether kernels overlap where the device can
-LINE = tl.constexpr(128)  # bytes that a fetch brings
 
 
 def overlaps(x: torch.Tensor) -> bool:
@@ -41,8 +40,16 @@ def wait():
 
 
 @triton.jit
-def fetch(pointers):
-    """Brings the lines at these addresses, all of them valid, into the L2 cache; nobody waits for them."""
+def fetch(pointers, size):
+    """Brings so many bytes from each of these addresses on into the L2 cache; nobody waits for them.
+
+    Addresses and sizes are multiples of 16, and what they cover is allocated.
+    """
     tl.inline_asm_elementwise(
-        "{ prefetch.global.L2 [$1]; mov.u32 $0, 0; }", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
+        "{ cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+        "=r,l,r",
+        [pointers, size],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
     )

@@ -9,6 +9,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from trimkv import overlap  # noqa: E402
 from trimkv.linear import products_triton  # noqa: E402
 
 pytestmark = pytest.mark.skipif(interpreter.INTERPRETED, reason="runs in the main process")
@@ -16,13 +17,15 @@ NUMBERS = "rows K x_m w0_n w1_n w2_n w3_n N0 N1 N2 N3 N_all per num_squares".spl
 UNKNOWN = {"rows", "per", "num_squares"}  # numbers that need not be multiples of 16
 
 
-def compiled(BM: int, gated: bool, split: bool, matrices: int):
+def compiled(BM: int, gated: bool, split: bool, matrices: int, early: bool):
     table = products_triton.GATED_BLOCKS if gated else products_triton.PLAIN_BLOCKS
     BN, BK, num_warps, num_stages = table[BM]
     flags = {"GATED": gated, "SPLIT": split, "MATRICES": matrices, "SCALED": True, "EVEN_N": True, "EVEN_K": True}
     sizes = {"SQUARES": 64, "BIASES": 0, "BM": BM, "BN": BN, "BK": BK}
+    ahead = {"EARLY": early, "LATE": products_triton.LATE, "FETCH": products_triton.FETCH * early}
+    ahead["FIRST"] = products_triton.FIRST // (1 + gated) if early and BM == 16 else 0
     off = {"SILU_LAST": False, "HAS_RESIDUAL": False, "HAS_NORM": False, "residual": None, "norm": None}
-    constants = {**flags, **sizes, **off, **({} if split else {"parts": None, "counters": None})}
+    constants = {**flags, **sizes, **ahead, **off, **({} if split else {"parts": None, "counters": None})}
     kernel, signature, values, known = products_triton._linear_kernel, {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -33,16 +36,19 @@ def compiled(BM: int, gated: bool, split: bool, matrices: int):
         if name not in UNKNOWN and name != "eps":
             known[i,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, values, known)
-    return triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": num_warps, "num_stages": num_stages})
+    options = {"num_warps": num_warps, "num_stages": num_stages, **overlap.launch(early)}
+    return triton.compile(source, GPUTarget("cuda", 90, 32), options)
 
 
+@pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("BM", [16, 64])
 @pytest.mark.parametrize("gated, split, matrices", [(False, True, 1), (False, True, 4), (True, False, 1)])
-def test_weights_are_fetched_ahead_16_bytes_at_a_time(BM, gated, split, matrices):
+def test_weights_are_fetched_ahead_16_bytes_at_a_time(BM, gated, split, matrices, early):
     """A loop that starts at a number of unknown divisors reads 2 bytes at a time: ten times slower, with right results.
     Shared memory is what several programs of a multiprocessor must find room in."""
-    made = compiled(BM, gated, split, matrices)
+    made = compiled(BM, gated, split, matrices, early)
     text = made.asm["ptx"]
     assert "cp.async.cg.shared.global" in text and "wgmma" in text
     assert "cp.async.ca.shared.global" not in text, "narrow copies"
+    assert text.count("griddepcontrol.wait") == text.count("griddepcontrol.launch_dependents") == int(early)
     assert made.metadata.shared <= 227 * 1024 // 2

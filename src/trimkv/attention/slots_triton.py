@@ -52,7 +52,9 @@ EAGER = False  # whether a decode step reads keys before it knows which of them 
 JOINS = True  # whether parts are joined by the program that arrives last, where there are counters
 RESIDENT, MAX_SPLITS = 3, 64  # decode programs that share a multiprocessor; parts of a head
 SEARCH = 2048  # slots that a search looks at at a time
-FETCH = 128  # slots of its own that a decode program fetches while the kernel before it is still at work
+# Slots of its own that a decode program fetches while the kernel before it is still at work; and whether the next
+# kernel may begin only when all slots are read.
+FETCH, LATE = 0, False
 
 
 class Decoded(NamedTuple):
@@ -376,7 +378,9 @@ def _decode_triton(
             JOINS=joins,
             GP=triton.next_power_of_2(G),
             EAGER=EAGER,
-            FETCH=FETCH if early else 0,
+            EARLY=early,
+            LATE=LATE,
+            FETCH=FETCH if early and k.stride(2) == v.stride(2) == D and D * k.itemsize % 16 == 0 else 0,
             num_warps=num_warps,
             num_stages=num_stages,
             **overlap.launch(early),
@@ -467,12 +471,11 @@ def _read(ptr, rows, stride, seen, D: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
-def _fetch(ptr, first, used, stride, D: tl.constexpr, BD: tl.constexpr, SLOTS: tl.constexpr):
-    """Brings so many rows of a [used, D] matrix into the L2 cache."""
+def _fetch(ptr, first, used, D: tl.constexpr, SLOTS: tl.constexpr):
+    """Brings so many rows of a dense [used, D] matrix into the L2 cache."""
     rows = tl.minimum(first + tl.arange(0, SLOTS), used - 1)
-    line: tl.constexpr = overlap.LINE // (ptr.dtype.element_ty.primitive_bitwidth // 8)
-    column = tl.minimum(tl.arange(0, (BD + line - 1) // line) * line, D - 1)
-    overlap.fetch(ptr + rows[:, None] * stride + column[None, :])
+    size: tl.constexpr = D * (ptr.dtype.element_ty.primitive_bitwidth // 8)
+    overlap.fetch(ptr + rows * D, size + 0 * rows)
 
 
 @triton.jit
@@ -599,7 +602,8 @@ def _decode_kernel(
     G: tl.constexpr, BG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, SN: tl.constexpr,
     SCORE: tl.constexpr, ANY_EMPTY: tl.constexpr, HAS_BETA: tl.constexpr, HAS_CAP: tl.constexpr,
     HAS_AUX: tl.constexpr, HAS_LSE: tl.constexpr, KEEP_LOGITS: tl.constexpr, SPLIT: tl.constexpr,
-    JOINS: tl.constexpr, GP: tl.constexpr, EAGER: tl.constexpr, FETCH: tl.constexpr,
+    JOINS: tl.constexpr, GP: tl.constexpr, EAGER: tl.constexpr,
+    EARLY: tl.constexpr, LATE: tl.constexpr, FETCH: tl.constexpr,
 ):  # fmt: skip
     """Programs [head, part]: all parts but the last attend to slots of theirs, the last searches."""
     n = tl.program_id(0).to(tl.int64)
@@ -607,11 +611,12 @@ def _decode_kernel(
     row, head = n // H, n % H
     k += row * k_b + head * k_h
     v += row * v_b + head * v_h
-    if FETCH > 0:
-        overlap.let_next_begin()
-        # By the program that searches, too: it is through before that matters.
-        _fetch(k, part * per, used, k_t, D, BD, FETCH)
-        _fetch(v, part * per, used, v_t, D, BD, FETCH)
+    if EARLY:
+        if not LATE:
+            overlap.let_next_begin()
+        if FETCH > 0:  # by the program that searches, too: it is through before that matters
+            _fetch(k, part * per, used, D, FETCH)
+            _fetch(v, part * per, used, D, FETCH)
         overlap.wait()
     at = tl.load(slot + n).to(tl.int32)
     new_position = tl.load(now + row).to(tl.int32)
@@ -684,6 +689,8 @@ def _decode_kernel(
             if EAGER:
                 values = tl.where(seen[:, None], values, 0.0)
             acc, total, top = _soften(acc, total, top, x, values)
+        if EARLY and LATE:
+            overlap.let_next_begin()
 
         if SPLIT:
             at_part = (n * parts + part) * G + group

@@ -23,8 +23,10 @@ EXACT = tl.constexpr("tf32x3")
 PROGRAMS = {16: 2, 32: 2, 64: 1}
 HOPPER_BYTES = 227 * 1024  # of shared memory for one block of threads
 LEAST_BLOCKS = 4  # of columns that a program walks over, where they are split
-# Bytes of its weights that a program fetches while the kernel before it is still at work.
-FETCH = 128 * 1024
+# While the kernel before it is still at work, a program reads so many columns of its weights into registers, and
+# fetches so many bytes more of each row into the L2 cache.
+FIRST, FETCH = 0, 0
+LATE = False  # whether the next kernel may begin only when all weights are read
 
 
 class Plan(NamedTuple):
@@ -96,6 +98,7 @@ def linear(x, weights, biases, has_bias, squares, eps, activation, residual, nor
     widths = [w.shape[0] for w in weights] + [0] * (MATRICES - len(weights))
     per = triton.cdiv(triton.cdiv(K, how.BK), splits)  # blocks: a multiple of BK that the compiler can see
     early = overlap.overlaps(x)
+    aligned = all(w.data_ptr() % 16 == w.stride(0) * w.itemsize % 16 == 0 for w in weights)
     with _on(x):
         _linear_kernel[(tiles, splits, row_blocks)](
             *(x, *matrices, *biases, squares, residual, norm, y, y_norm, y_squares, parts, counters),
@@ -115,19 +118,15 @@ def linear(x, weights, biases, has_bias, squares, eps, activation, residual, nor
             BM=how.BM,
             BN=how.BN,
             BK=how.BK,
-            FETCH=_fetched(how, gated, weights[0]) if early else 0,
+            EARLY=early,
+            LATE=LATE,
+            FIRST=FIRST // (1 + gated) if early and how.BM == 16 else 0,
+            FETCH=FETCH if early and aligned else 0,
             num_warps=how.num_warps,
             num_stages=how.num_stages,
             **overlap.launch(early),
         )
     return y, y_norm, y_squares
-
-
-def _fetched(how: Plan, gated: bool, weight: torch.Tensor) -> int:
-    """Lines of each row of its matrix, or of both, that a program fetches: a power of two, at least one."""
-    rows = how.BN * (1 + gated)
-    line = overlap.LINE.value
-    return max(1, min(FETCH // (rows * line), triton.next_power_of_2(weight.shape[1] * weight.itemsize // line)))
 
 
 def norm_input(x, weight):
@@ -176,12 +175,14 @@ def _on(x: torch.Tensor):
 
 
 @triton.jit
-def _fetch(w, w_n, n, N, lo, K, LINES: tl.constexpr):
-    """Brings the first lines of a program's part of its rows into the L2 cache."""
-    line: tl.constexpr = overlap.LINE // (w.dtype.element_ty.primitive_bitwidth // 8)
-    column = tl.minimum(lo + tl.arange(0, LINES) * line, K - 1)
+def _fetch(w, w_n, n, N, lo, hi, BYTES: tl.constexpr):
+    """Brings bytes of each row of a program, from column ``lo`` on, into the L2 cache."""
+    size: tl.constexpr = w.dtype.element_ty.primitive_bitwidth // 8
+    half: tl.constexpr = BYTES // 2 // size  # two pieces a row: one for each thread
+    column = lo + tl.arange(0, 2) * half
+    bytes = tl.minimum(half, tl.maximum(hi - column, 0)) * size // 16 * 16
     row = tl.minimum(n, N - 1).to(tl.int64)
-    overlap.fetch(w + row[:, None] * w_n + column[None, :])
+    overlap.fetch(w + row[:, None] * w_n + column[None, :], bytes[None, :] + 0 * n[:, None])
 
 
 @triton.jit
@@ -233,7 +234,8 @@ def _linear_kernel(
     SQUARES: tl.constexpr, MATRICES: tl.constexpr, BIASES: tl.constexpr, GATED: tl.constexpr,
     SILU_LAST: tl.constexpr, SCALED: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_NORM: tl.constexpr,
     SPLIT: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, FETCH: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    EARLY: tl.constexpr, LATE: tl.constexpr, FIRST: tl.constexpr, FETCH: tl.constexpr,
 ):  # fmt: skip
     """Programs [tile of outputs, part of the columns, block of rows]."""
     tile, part, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -271,13 +273,31 @@ def _linear_kernel(
     up = tl.zeros([BN, BM], tl.float32)
     lo = part * per * BK
     hi = tl.minimum(lo + per * BK, K)
-    if FETCH > 0:
-        overlap.let_next_begin()
-        _fetch(w, w_n, n, N, lo, K, FETCH)
-        if GATED:
-            _fetch(w1, w1_n, n, N, lo, K, FETCH)
+    begin = lo
+    if EARLY:
+        if not LATE:
+            overlap.let_next_begin()
+        if FIRST > 0:
+            kf = tl.arange(0, FIRST)
+            first_mask = inside[:, None] & (lo + kf < hi)[None, :]
+            first_at = n.to(tl.int64)[:, None] * w_n + lo + kf[None, :]
+            first = tl.load(w + first_at, mask=first_mask, other=0.0, eviction_policy="evict_first")
+            if GATED:
+                first_at = n.to(tl.int64)[:, None] * w1_n + lo + kf[None, :]
+                first_up = tl.load(w1 + first_at, mask=first_mask, other=0.0, eviction_policy="evict_first")
+        begin = lo + FIRST
+        if FETCH > 0:
+            _fetch(w, w_n, n, N, begin, hi, FETCH)
+            if GATED:
+                _fetch(w1, w1_n, n, N, begin, hi, FETCH)
         overlap.wait()
-    for k0 in range(lo, hi, BK):
+        if FIRST > 0:
+            x_first = x + m[:, None] * x_m + (lo + kf)[None, :]
+            few_first = tl.trans(tl.load(x_first, mask=(m < rows)[:, None] & (lo + kf < hi)[None, :], other=0.0))
+            acc = tl.dot(first, few_first, acc, input_precision=EXACT)
+            if GATED:
+                up = tl.dot(first_up, few_first, up, input_precision=EXACT)
+    for k0 in range(begin, hi, BK):
         if EVEN_K:
             x_mask = (m < rows)[:, None]
         else:
@@ -296,6 +316,8 @@ def _linear_kernel(
             else:
                 many = tl.load(up_at + k0, mask=mask, other=0.0, eviction_policy="evict_first")
             up = tl.dot(many, few, up, input_precision=EXACT)
+    if EARLY and LATE:
+        overlap.let_next_begin()
 
     has_bias = ((BIASES >> which) & 1) != 0
     if SPLIT:
