@@ -1,8 +1,8 @@
-"""The gates that ship for smollm2: decayed attention first, then soft eviction at drawn budgets.
+"""The gates that ship for smollm2: decayed attention first, then soft eviction at drawn budgets, then at larger ones.
 
     python recipes/smollm2.py prepare --source DATA --output texts     # novels, GSM8K and MATH -> training texts
     python recipes/smollm2.py answer --data texts                      # the model answers prompts made of them
-    python recipes/smollm2.py train --data texts --output gates        # both on one GPU: 8 minutes
+    python recipes/smollm2.py train --data texts --output gates        # all stages on one GPU: 8 minutes
 
 DATA holds novels/train.jsonl.gz (public-domain novels, records with author and text), gsm8k/train.jsonl.gz (GSM8K's
 training set) and math/math_test_minus_math500.jsonl.gz (MATH problems with solutions, none of MATH-500). Nothing that
@@ -54,7 +54,7 @@ def decay() -> GateConfig:
 
 
 def eviction() -> GateConfig:
-    """Second stage: the forward pass evicts, softly, at budgets of 48 to 1,024 tokens."""
+    """Second stage: the forward pass evicts, softly, at budgets of 48 to 640 tokens."""
     return GateConfig(
         budget=24,
         capacity_weight=0.5,
@@ -63,11 +63,26 @@ def eviction() -> GateConfig:
         learning_rate=2e-3,
         bias_learning_rate=2e-2,
         temperatures=(0.4, 0.03),
-        budgets=(48, 1024),
-        budget_power=1.0,
         seed=1,
         **SHARED,
     )
+
+
+def larger() -> GateConfig:
+    """Third stage: the second one, colder, and with more weight on larger budgets."""
+    return replace(
+        eviction(),
+        steps=700,
+        learning_rate=1e-3,
+        bias_learning_rate=1e-2,
+        temperatures=(0.1, 0.03),
+        budgets=(64, 1024),
+        budget_power=1.25,
+        seed=3,
+    )
+
+
+STAGES = {"decay": decay, "eviction": eviction, "larger": larger}
 
 
 def sources(folder: Path) -> list[Source]:
@@ -81,8 +96,12 @@ def sources(folder: Path) -> list[Source]:
     ]
 
 
-def train_both(data: Path, output: Path, model_name: str = "smollm2", first=None, second=None) -> None:
-    """Trains both stages one after the other and writes output/decay and output/eviction."""
+def train_all(data: Path, output: Path, model_name: str = "smollm2", steps: list[int] | None = None) -> None:
+    """Trains the stages one after the other and writes output/decay, output/eviction and output/larger.
+
+    Args:
+        steps: of each stage, in place of its own.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -100,7 +119,8 @@ def train_both(data: Path, output: Path, model_name: str = "smollm2", first=None
     meta |= {"base_model": "smollm2", "base_sha256": embedded.weights_sha256()}
     torch.set_float32_matmul_precision("high")  # the gates are fp32
     gates, shown = None, printer(30, ("kl", "capacity", "occupancy", "grad_norm"))
-    for config, name in ((first or decay(), "decay"), (second or eviction(), "eviction")):
+    for i, (name, stage) in enumerate(STAGES.items()):
+        config = replace(stage(), steps=steps[i]) if steps else stage()
         dataset = PackedTexts(
             sources(data),
             tokenizer,
@@ -224,7 +244,7 @@ def main():
     for command in (two, three):
         command.add_argument("--data", type=Path, required=True)
         command.add_argument("--model", default="smollm2", help="alias or folder")
-    two.add_argument("--steps", type=int, nargs=2, help="of the two stages")
+    two.add_argument("--steps", type=int, nargs=len(STAGES), help="of each stage")
     for command in (one, two):
         command.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
@@ -234,10 +254,7 @@ def main():
     if args.command == "answer":
         answer(args.data, args.model)
         return
-    first, second = decay(), eviction()
-    if args.steps:
-        first, second = replace(first, steps=args.steps[0]), replace(second, steps=args.steps[1])
-    train_both(args.data, args.output, args.model, first, second)
+    train_all(args.data, args.output, args.model, args.steps)
 
 
 if __name__ == "__main__":
