@@ -20,12 +20,18 @@ UNKNOWN = {"rows", "per", "num_squares"}  # numbers that need not be multiples o
 def compiled(BM: int, gated: bool, split: bool, matrices: int, early: bool):
     table = products_triton.GATED_BLOCKS if gated else products_triton.PLAIN_BLOCKS
     BN, BK, num_warps, num_stages = table[BM]
-    flags = {"GATED": gated, "SPLIT": split, "MATRICES": matrices, "SCALED": True, "EVEN_N": True, "EVEN_K": True}
+    flags = {
+        "GATED": gated,
+        "SPLIT": split,
+        "MATRICES": matrices,
+        "SCALED": True,
+        "EVEN_N": True,
+        "EVEN_K": True,
+        "EARLY": early,
+    }
     sizes = {"SQUARES": 64, "BIASES": 0, "BM": BM, "BN": BN, "BK": BK}
-    ahead = {"EARLY": early, "LATE": products_triton.LATE, "FETCH": products_triton.FETCH * early}
-    ahead["FIRST"] = products_triton.FIRST // (1 + gated) if early and BM == 16 else 0
     off = {"SILU_LAST": False, "HAS_RESIDUAL": False, "HAS_NORM": False, "residual": None, "norm": None}
-    constants = {**flags, **sizes, **ahead, **off, **({} if split else {"parts": None, "counters": None})}
+    constants = {**flags, **sizes, **off, **({} if split else {"parts": None, "counters": None})}
     kernel, signature, values, known = products_triton._linear_kernel, {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -51,4 +57,4 @@ def test_weights_are_fetched_ahead_16_bytes_at_a_time(BM, gated, split, matrices
     assert "cp.async.cg.shared.global" in text and "wgmma" in text
     assert "cp.async.ca.shared.global" not in text, "narrow copies"
     assert text.count("griddepcontrol.wait") == text.count("griddepcontrol.launch_dependents") == int(early)
-    assert made.metadata.shared <= 227 * 1024 // 2
+    assert made.metadata.shared <= products_triton.HOPPER_BYTES // products_triton.PROGRAMS

@@ -16,8 +16,6 @@ Keys and values of empty slots are not used either, whatever they hold. With EAG
 wait neither for positions nor for the slot that is written, and once all slots are taken nothing is read in vain. All
 logits are in fp32 and in base 2.
 
-Proven in Triton's interpreter; block sizes and numbers of splits are still to be timed on a device.
-
 Shapes: B rows, T new tokens, C slots, H KV heads, Q query heads, G = Q/H, D head dim. Names in kernels: BN keys and BM
 query rows in a block, BG the group and BD the head dim as powers of two; i, j the indices of queries and keys; x
 logits; top and total a running softmax.
@@ -40,8 +38,10 @@ NEVER = tl.constexpr(2**31 - 1)  # position of what is no candidate
 PARTS = tl.constexpr(16)  # partial results that are joined at a time
 FETCHED = tl.constexpr(8)  # likewise, by the program that arrives last
 RETENTION, NO_SCORE = tl.constexpr("retention"), tl.constexpr("none")
-# Head dim up to: block sizes, warps, stages. By compiling for sm_90 (registers, shared memory), not timed.
-DECODE = {64: (64, 4, 4), 128: (64, 4, 3), 256: (32, 4, 3)}  # BN, warps, stages
+# Head dim up to: block sizes, warps, stages. For 128 the best of a sweep on an H200, else by compiling for sm_90
+# (registers, shared memory), not timed.
+DECODE = {64: (64, 4, 4), 128: (64, 4, 2), 256: (32, 4, 3)}  # BN, warps, stages
+DECODE_LONG = {64: (64, 4, 4), 128: (64, 4, 3), 256: (32, 4, 3)}  # with more than LONG slots
 DECODE_FP32 = {64: (32, 4, 3), 128: (32, 4, 3), 256: (16, 8, 3)}
 DECODE_SMALL = {64: (64, 4, 3), 128: (64, 4, 2), 256: (32, 4, 2)}  # for 99 KB of shared memory
 CHUNK = {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (128, 32, 8, 2)}  # BM, BN, warps, stages
@@ -50,11 +50,10 @@ CHUNK_SMALL = {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (32, 32, 4, 2)}
 DECODE_EAGER = {64: (64, 4, 4), 128: (32, 4, 4), 256: (16, 4, 4)}  # with EAGER, which takes more shared memory
 EAGER = False  # whether a decode step reads keys before it knows which of them count
 JOINS = True  # whether parts are joined by the program that arrives last, where there are counters
-RESIDENT, MAX_SPLITS = 3, 64  # decode programs that share a multiprocessor; parts of a head
+LONG = 2048
+RESIDENT, RESIDENT_LONG = 2, 3  # decode programs that share a multiprocessor
+MAX_SPLITS = 64  # parts of a head
 SEARCH = 2048  # slots that a search looks at at a time
-# Slots of its own that a decode program fetches while the kernel before it is still at work; and whether the next
-# kernel may begin only when all slots are read.
-FETCH, LATE = 0, False
 
 
 class Decoded(NamedTuple):
@@ -333,9 +332,9 @@ def _decode_triton(
     q, k_new, v_new = (_dense(x) for x in (q, k_new, v_new))
     slot, now = slot.contiguous(), now.contiguous()
     log_beta_new = None if log_beta is None else log_beta_new.contiguous()
-    table = DECODE_EAGER if EAGER else DECODE
+    table = DECODE_EAGER if EAGER else DECODE_LONG if used > LONG else DECODE
     BN, num_warps, num_stages = _config(table, DECODE_FP32, DECODE_SMALL, q, any_empty and not EAGER)
-    splits = splits or _splits(B * H, triton.cdiv(used, BN), q)
+    splits = splits or _splits(B * H, triton.cdiv(used, BN), q, RESIDENT_LONG if used > LONG else RESIDENT)
     per = triton.cdiv(triton.cdiv(used, BN), splits) * BN  # slots of one program
 
     def floats(*shape):
@@ -379,8 +378,6 @@ def _decode_triton(
             GP=triton.next_power_of_2(G),
             EAGER=EAGER,
             EARLY=early,
-            LATE=LATE,
-            FETCH=FETCH if early and k.stride(2) == v.stride(2) == D and D * k.itemsize % 16 == 0 else 0,
             num_warps=num_warps,
             num_stages=num_stages,
             **overlap.launch(early),
@@ -446,11 +443,11 @@ def _config(table, fp32_table, small_table, q, any_empty) -> tuple:
     return *blocks, num_warps, 2 * num_stages - 1 if any_empty else num_stages
 
 
-def _splits(heads: int, blocks: int, x: torch.Tensor) -> int:
+def _splits(heads: int, blocks: int, x: torch.Tensor, resident: int) -> int:
     """Programs per head, so that their waves over the device are nearly full: the fewest within 15 % of the best."""
     if not x.is_cuda:
         return 1
-    places = RESIDENT * torch.cuda.get_device_properties(x.device).multi_processor_count
+    places = resident * torch.cuda.get_device_properties(x.device).multi_processor_count
     efficiency = {}
     for splits in range(1, min(blocks, MAX_SPLITS) + 1):
         longest = triton.cdiv(blocks, splits)
@@ -468,14 +465,6 @@ def _read(ptr, rows, stride, seen, D: tl.constexpr, BD: tl.constexpr):
     if D != BD:
         mask = mask & (column[None, :] < D)
     return tl.load(ptr + rows[:, None] * stride + column[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def _fetch(ptr, first, used, D: tl.constexpr, SLOTS: tl.constexpr):
-    """Brings so many rows of a dense [used, D] matrix into the L2 cache."""
-    rows = tl.minimum(first + tl.arange(0, SLOTS), used - 1)
-    size: tl.constexpr = D * (ptr.dtype.element_ty.primitive_bitwidth // 8)
-    overlap.fetch(ptr + rows * D, size + 0 * rows)
 
 
 @triton.jit
@@ -602,8 +591,7 @@ def _decode_kernel(
     G: tl.constexpr, BG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, SN: tl.constexpr,
     SCORE: tl.constexpr, ANY_EMPTY: tl.constexpr, HAS_BETA: tl.constexpr, HAS_CAP: tl.constexpr,
     HAS_AUX: tl.constexpr, HAS_LSE: tl.constexpr, KEEP_LOGITS: tl.constexpr, SPLIT: tl.constexpr,
-    JOINS: tl.constexpr, GP: tl.constexpr, EAGER: tl.constexpr,
-    EARLY: tl.constexpr, LATE: tl.constexpr, FETCH: tl.constexpr,
+    JOINS: tl.constexpr, GP: tl.constexpr, EAGER: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Programs [head, part]: all parts but the last attend to slots of theirs, the last searches."""
     n = tl.program_id(0).to(tl.int64)
@@ -612,11 +600,7 @@ def _decode_kernel(
     k += row * k_b + head * k_h
     v += row * v_b + head * v_h
     if EARLY:
-        if not LATE:
-            overlap.let_next_begin()
-        if FETCH > 0:  # by the program that searches, too: it is through before that matters
-            _fetch(k, part * per, used, D, FETCH)
-            _fetch(v, part * per, used, D, FETCH)
+        overlap.let_next_begin()
         overlap.wait()
     at = tl.load(slot + n).to(tl.int32)
     new_position = tl.load(now + row).to(tl.int32)
@@ -689,8 +673,6 @@ def _decode_kernel(
             if EAGER:
                 values = tl.where(seen[:, None], values, 0.0)
             acc, total, top = _soften(acc, total, top, x, values)
-        if EARLY and LATE:
-            overlap.let_next_begin()
 
         if SPLIT:
             at_part = (n * parts + part) * G + group

@@ -19,14 +19,9 @@ from .products import GATED, MATRICES, SILU_LAST
 
 # fp32 as three tf32 products on tensor cores: fp32's precision. bf16 and fp16 don't care.
 EXACT = tl.constexpr("tf32x3")
-# Rows of x up to -> programs a multiprocessor that a product should be spread over: parts of many rows are large.
-PROGRAMS = {16: 2, 32: 2, 64: 1}
+PROGRAMS = 1  # on a multiprocessor, that a product should be spread over
 HOPPER_BYTES = 227 * 1024  # of shared memory for one block of threads
 LEAST_BLOCKS = 4  # of columns that a program walks over, where they are split
-# While the kernel before it is still at work, a program reads so many columns of its weights into registers, and
-# fetches so many bytes more of each row into the L2 cache.
-FIRST, FETCH = 0, 0
-LATE = False  # whether the next kernel may begin only when all weights are read
 
 
 class Plan(NamedTuple):
@@ -42,8 +37,9 @@ class Plan(NamedTuple):
 
 # Widths of all outputs, columns, rows of x up to -> BN, BK, splits, warps, stages, where a device has been asked.
 TUNED: dict[tuple[int, int, int], tuple[int, int, int, int, int]] = {}
-# Rows of x up to -> BN, BK, warps, stages. By compiling for sm_90 (registers, shared memory), not timed.
-PLAIN_BLOCKS = {16: (64, 128, 4, 4), 32: (64, 128, 4, 4), 64: (64, 64, 4, 5)}
+# Rows of x up to -> BN, BK, warps, stages: the best of some twenty on an H200, within a step of 4, 8 and 64 rows.
+PLAIN_BLOCKS = {16: (64, 128, 4, 6), 32: (64, 128, 4, 6), 64: (64, 128, 4, 6)}
+PLAIN_SMALL = {16: (64, 128, 4, 4), 32: (64, 128, 4, 4), 64: (64, 64, 4, 5)}  # for 99 KB of shared memory
 GATED_BLOCKS = {16: (64, 64, 4, 5), 32: (64, 64, 4, 5), 64: (64, 64, 4, 4)}
 FP32_BLOCKS = {16: (32, 64, 4, 3), 32: (32, 64, 4, 3), 64: (32, 32, 4, 3)}
 
@@ -56,17 +52,24 @@ def plan(x: torch.Tensor, weights: list[torch.Tensor], activation: str) -> Plan:
     if known:
         BN, BK, splits, num_warps, num_stages = known
         return Plan(BM, BN, BK, splits, num_warps, num_stages)
-    table = FP32_BLOCKS if x.dtype == torch.float32 else GATED_BLOCKS if gated else PLAIN_BLOCKS
+    if x.dtype == torch.float32:
+        table = FP32_BLOCKS
+    else:
+        table = GATED_BLOCKS if gated else PLAIN_BLOCKS if _much_shared_memory(x) else PLAIN_SMALL
     BN, BK, num_warps, num_stages = table[BM]
     blocks = triton.cdiv(K, BK)
     tiles = _tiles(weights, BN, gated) * triton.cdiv(rows, BM)
-    wanted = PROGRAMS[BM] * _multiprocessors(x) / tiles
+    wanted = PROGRAMS * _multiprocessors(x) / tiles
     splits = max(1, min(int(wanted), blocks // LEAST_BLOCKS))  # one wave: a few programs more would be another
     return Plan(BM, BN, BK, triton.cdiv(blocks, triton.cdiv(blocks, splits)), num_warps, num_stages)
 
 
 def _multiprocessors(x: torch.Tensor) -> int:
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+
+
+def _much_shared_memory(x: torch.Tensor) -> bool:
+    return not x.is_cuda or torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin >= HOPPER_BYTES
 
 
 def _tiles(weights, BN: int, gated: bool) -> int:
@@ -98,7 +101,6 @@ def linear(x, weights, biases, has_bias, squares, eps, activation, residual, nor
     widths = [w.shape[0] for w in weights] + [0] * (MATRICES - len(weights))
     per = triton.cdiv(triton.cdiv(K, how.BK), splits)  # blocks: a multiple of BK that the compiler can see
     early = overlap.overlaps(x)
-    aligned = all(w.data_ptr() % 16 == w.stride(0) * w.itemsize % 16 == 0 for w in weights)
     with _on(x):
         _linear_kernel[(tiles, splits, row_blocks)](
             *(x, *matrices, *biases, squares, residual, norm, y, y_norm, y_squares, parts, counters),
@@ -119,9 +121,6 @@ def linear(x, weights, biases, has_bias, squares, eps, activation, residual, nor
             BN=how.BN,
             BK=how.BK,
             EARLY=early,
-            LATE=LATE,
-            FIRST=FIRST // (1 + gated) if early and how.BM == 16 else 0,
-            FETCH=FETCH if early and aligned else 0,
             num_warps=how.num_warps,
             num_stages=how.num_stages,
             **overlap.launch(early),
@@ -175,17 +174,6 @@ def _on(x: torch.Tensor):
 
 
 @triton.jit
-def _fetch(w, w_n, n, N, lo, hi, BYTES: tl.constexpr):
-    """Brings bytes of each row of a program, from column ``lo`` on, into the L2 cache."""
-    size: tl.constexpr = w.dtype.element_ty.primitive_bitwidth // 8
-    half: tl.constexpr = BYTES // 2 // size  # two pieces a row: one for each thread
-    column = lo + tl.arange(0, 2) * half
-    bytes = tl.minimum(half, tl.maximum(hi - column, 0)) * size // 16 * 16
-    row = tl.minimum(n, N - 1).to(tl.int64)
-    overlap.fetch(w + row[:, None] * w_n + column[None, :], bytes[None, :] + 0 * n[:, None])
-
-
-@triton.jit
 def _silu(x):
     return x / (1.0 + tl.exp(-x))
 
@@ -234,8 +222,7 @@ def _linear_kernel(
     SQUARES: tl.constexpr, MATRICES: tl.constexpr, BIASES: tl.constexpr, GATED: tl.constexpr,
     SILU_LAST: tl.constexpr, SCALED: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_NORM: tl.constexpr,
     SPLIT: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    EARLY: tl.constexpr, LATE: tl.constexpr, FIRST: tl.constexpr, FETCH: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Programs [tile of outputs, part of the columns, block of rows]."""
     tile, part, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -273,31 +260,10 @@ def _linear_kernel(
     up = tl.zeros([BN, BM], tl.float32)
     lo = part * per * BK
     hi = tl.minimum(lo + per * BK, K)
-    begin = lo
     if EARLY:
-        if not LATE:
-            overlap.let_next_begin()
-        if FIRST > 0:
-            kf = tl.arange(0, FIRST)
-            first_mask = inside[:, None] & (lo + kf < hi)[None, :]
-            first_at = n.to(tl.int64)[:, None] * w_n + lo + kf[None, :]
-            first = tl.load(w + first_at, mask=first_mask, other=0.0, eviction_policy="evict_first")
-            if GATED:
-                first_at = n.to(tl.int64)[:, None] * w1_n + lo + kf[None, :]
-                first_up = tl.load(w1 + first_at, mask=first_mask, other=0.0, eviction_policy="evict_first")
-        begin = lo + FIRST
-        if FETCH > 0:
-            _fetch(w, w_n, n, N, begin, hi, FETCH)
-            if GATED:
-                _fetch(w1, w1_n, n, N, begin, hi, FETCH)
+        overlap.let_next_begin()
         overlap.wait()
-        if FIRST > 0:
-            x_first = x + m[:, None] * x_m + (lo + kf)[None, :]
-            few_first = tl.trans(tl.load(x_first, mask=(m < rows)[:, None] & (lo + kf < hi)[None, :], other=0.0))
-            acc = tl.dot(first, few_first, acc, input_precision=EXACT)
-            if GATED:
-                up = tl.dot(first_up, few_first, up, input_precision=EXACT)
-    for k0 in range(begin, hi, BK):
+    for k0 in range(lo, hi, BK):
         if EVEN_K:
             x_mask = (m < rows)[:, None]
         else:
@@ -316,8 +282,6 @@ def _linear_kernel(
             else:
                 many = tl.load(up_at + k0, mask=mask, other=0.0, eviction_policy="evict_first")
             up = tl.dot(many, few, up, input_precision=EXACT)
-    if EARLY and LATE:
-        overlap.let_next_begin()
 
     has_bias = ((BIASES >> which) & 1) != 0
     if SPLIT:
