@@ -1,4 +1,4 @@
-"""The gates that ship for smollm2: decayed attention first, then soft eviction at drawn budgets, then at larger ones.
+"""The gates that ship for smollm2: decayed attention first, then soft eviction at drawn budgets, then on longer texts.
 
     python recipes/smollm2.py prepare --source DATA --output texts     # novels, GSM8K and MATH -> training texts
     python recipes/smollm2.py answer --data texts                      # the model answers prompts made of them
@@ -68,21 +68,23 @@ def eviction() -> GateConfig:
     )
 
 
-def larger() -> GateConfig:
-    """Third stage: the second one, colder, and with more weight on larger budgets."""
+def longer() -> GateConfig:
+    """Third stage: the second one on texts of 4,096 tokens, at budgets of 64 to 1,024, colder."""
     return replace(
         eviction(),
+        context=4096,
+        batch_size=4,
         steps=700,
         learning_rate=1e-3,
         bias_learning_rate=1e-2,
         temperatures=(0.1, 0.03),
         budgets=(64, 1024),
-        budget_power=1.25,
+        budget_power=1.0,
         seed=3,
     )
 
 
-STAGES = {"decay": decay, "eviction": eviction, "larger": larger}
+STAGES = {"decay": decay, "eviction": eviction, "longer": longer}
 
 
 def sources(folder: Path) -> list[Source]:
@@ -97,7 +99,7 @@ def sources(folder: Path) -> list[Source]:
 
 
 def train_all(data: Path, output: Path, model_name: str = "smollm2", steps: list[int] | None = None) -> None:
-    """Trains the stages one after the other and writes output/decay, output/eviction and output/larger.
+    """Trains the stages one after the other and writes output/decay, output/eviction and output/longer.
 
     Args:
         steps: of each stage, in place of its own.
