@@ -104,26 +104,20 @@ def measure_decode(B: int, M: int, copy: float, repeat: int, sweep: bool) -> dic
 
 
 def sweep_decode(time, kernel) -> list[dict]:
-    """Microseconds by what is read when, blocks, splits and the place of the join; what fails says so."""
-    found = []
-    tables = {name: dict(getattr(slots_triton, name)) for name in ("DECODE", "DECODE_EAGER")}
-    eager_before = slots_triton.EAGER
+    """Microseconds by blocks, splits and the place of the join; what fails says so."""
+    found, before = [], dict(slots_triton.DECODE)
     try:
-        for eager, config in itertools.product((False, True), BLOCKS):
-            slots_triton.EAGER = eager
-            for name in tables:
-                getattr(slots_triton, name)[D] = config
+        for config in BLOCKS:
+            slots_triton.DECODE[D] = config
             for splits, joins in ((None, True), (1, True), *itertools.product((2, 3, 4, 6, 8, 16), (True, False))):
-                one = {"eager": eager, "block_warps_stages": config, "splits": splits, "joins": joins}
+                one = {"block_warps_stages": config, "splits": splits, "joins": joins}
                 try:
                     one["us"] = round(time(kernel(sinks=4, splits=splits, joins=joins)) * 1e3, 2)
                 except Exception as error:  # too much shared memory, mostly: the next ones go on
                     one["error"] = f"{type(error).__name__}: {str(error)[:100]}"
                 found.append(one)
     finally:
-        slots_triton.EAGER = eager_before
-        for name, table in tables.items():
-            getattr(slots_triton, name).update(table)
+        slots_triton.DECODE.update(before)
     return found
 
 

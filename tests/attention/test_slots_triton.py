@@ -228,7 +228,7 @@ def test_the_kernels_in_the_interpreter():
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Several blocks and parts at shapes that an interpreter can do."""
-    for name in ("DECODE", "DECODE_EAGER", "DECODE_FP32"):
+    for name in ("DECODE", "DECODE_FP32"):
         monkeypatch.setattr(slots_triton, name, dict.fromkeys((64, 128, 256), (16, 4, 1)))
     for name in ("CHUNK", "CHUNK_FP32"):
         monkeypatch.setattr(slots_triton, name, dict.fromkeys((64, 128, 256), (16, 16, 4, 1)))
@@ -245,9 +245,7 @@ def test_interpreted_decode_equals_the_reference(options, splits, small_blocks):
 
 
 @interpreted
-@pytest.mark.parametrize("eager", [True, False])
-def test_interpreted_keys_may_be_read_before_or_after_it_is_known_which_count(monkeypatch, eager, small_blocks):
-    monkeypatch.setattr(slots_triton, "EAGER", eager)
+def test_interpreted_decode_of_other_groups_and_of_full_slots(small_blocks):
     for splits, joins in ((1, False), (3, False), (3, True)):
         given = step(3, 2, 3, 45, 16, idle=(2,))
         check(given, splits=splits, joins=joins)

@@ -71,11 +71,9 @@ def test_the_same_twice():
         assert all(torch.equal(a, b) for a, b in zip(one, outs[0], strict=True))
 
 
-@pytest.mark.parametrize("eager", [True, False])
 @pytest.mark.parametrize("splits", [2, 7, 16])
-def test_parts_joined_by_the_last_to_arrive(monkeypatch, eager, splits):
+def test_parts_joined_by_the_last_to_arrive(splits):
     """In the order of the slots, whoever that is: the same bits every time, and counters that serve the next step."""
-    monkeypatch.setattr(slots_triton, "EAGER", eager)
     for dtype in (torch.bfloat16, torch.float32):
         shared.check(shared.step(3, 8, 4, 1024, 128, dtype, "cuda", idle=(2,)), splits=splits, joins=True)
     given = shared.step(8, 8, 4, 1024, 128, torch.bfloat16, "cuda", empty=0.0)

@@ -12,9 +12,7 @@ not matter when the store is written.
 Chunk. A forward-only flash attention over two sources of keys, the store's slots and the chunk's own tokens, so that
 nobody concatenates them. The G query heads of a KV head lie in one block of queries: keys are read once for all.
 
-Keys and values of empty slots are not used either, whatever they hold. With EAGER they are read nevertheless: keys then
-wait neither for positions nor for the slot that is written, and once all slots are taken nothing is read in vain. All
-logits are in fp32 and in base 2.
+Keys and values of empty slots are neither used nor read. All logits are in fp32 and in base 2.
 
 Shapes: B rows, T new tokens, C slots, H KV heads, Q query heads, G = Q/H, D head dim. Names in kernels: BN keys and BM
 query rows in a block, BG the group and BD the head dim as powers of two; i, j the indices of queries and keys; x
@@ -47,9 +45,6 @@ DECODE_SMALL = {64: (64, 4, 3), 128: (64, 4, 2), 256: (32, 4, 2)}  # for 99 KB o
 CHUNK = {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (128, 32, 8, 2)}  # BM, BN, warps, stages
 CHUNK_FP32 = {64: (32, 32, 4, 2), 128: (32, 32, 4, 2), 256: (16, 32, 4, 1)}
 CHUNK_SMALL = {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (32, 32, 4, 2)}
-DECODE_EAGER = {64: (64, 4, 4), 128: (32, 4, 4), 256: (16, 4, 4)}  # with EAGER, which takes more shared memory
-EAGER = False  # whether a decode step reads keys before it knows which of them count
-JOINS = True  # whether parts are joined by the program that arrives last, where there are counters
 LONG = 2048
 RESIDENT, RESIDENT_LONG = 2, 3  # decode programs that share a multiprocessor
 MAX_SPLITS = 64  # parts of a head
@@ -332,8 +327,8 @@ def _decode_triton(
     q, k_new, v_new = (_dense(x) for x in (q, k_new, v_new))
     slot, now = slot.contiguous(), now.contiguous()
     log_beta_new = None if log_beta is None else log_beta_new.contiguous()
-    table = DECODE_EAGER if EAGER else DECODE_LONG if used > LONG else DECODE
-    BN, num_warps, num_stages = _config(table, DECODE_FP32, DECODE_SMALL, q, any_empty and not EAGER)
+    table = DECODE_LONG if used > LONG else DECODE
+    BN, num_warps, num_stages = _config(table, DECODE_FP32, DECODE_SMALL, q, any_empty)
     splits = splits or _splits(B * H, triton.cdiv(used, BN), q, RESIDENT_LONG if used > LONG else RESIDENT)
     per = triton.cdiv(triton.cdiv(used, BN), splits) * BN  # slots of one program
 
@@ -350,7 +345,7 @@ def _decode_triton(
     if splits > 1:
         acc, top, total = floats(B * H, splits, G, D), floats(B * H, splits, G), floats(B * H, splits, G)
     shape = dict(G=G, D=D, BD=_pad(D), HAS_LSE=lse or probabilities)
-    joins = JOINS and splits > 1 and counters is not None
+    joins = splits > 1 and counters is not None
     assert not joins or counters.dtype == torch.int32 and counters.numel() >= B * H
     early = overlap.overlaps(q)
     with _on(q):
@@ -376,7 +371,6 @@ def _decode_triton(
             SPLIT=splits > 1,
             JOINS=joins,
             GP=triton.next_power_of_2(G),
-            EAGER=EAGER,
             EARLY=early,
             num_warps=num_warps,
             num_stages=num_stages,
@@ -591,7 +585,7 @@ def _decode_kernel(
     G: tl.constexpr, BG: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, SN: tl.constexpr,
     SCORE: tl.constexpr, ANY_EMPTY: tl.constexpr, HAS_BETA: tl.constexpr, HAS_CAP: tl.constexpr,
     HAS_AUX: tl.constexpr, HAS_LSE: tl.constexpr, KEEP_LOGITS: tl.constexpr, SPLIT: tl.constexpr,
-    JOINS: tl.constexpr, GP: tl.constexpr, EAGER: tl.constexpr, EARLY: tl.constexpr,
+    JOINS: tl.constexpr, GP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Programs [head, part]: all parts but the last attend to slots of theirs, the last searches."""
     n = tl.program_id(0).to(tl.int64)
@@ -628,15 +622,8 @@ def _decode_kernel(
         # The new token, in the first part: into the store, and first into the softmax.
         mine = writes & (part == 0)
         mask = (column < D) & mine
-        if EAGER:  # before the slot is known; what is not written is replaced, for it may be NaN
-            known = (column < D) & (part == 0)
-            new_key = tl.load(k_new + row * kn_b + head * kn_h + column, mask=known, other=0.0)
-            new_value = tl.load(v_new + row * vn_b + head * vn_h + column, mask=known, other=0.0)
-            new_key = tl.where(mask, new_key, 0.0)
-            new_value = tl.where(mask, new_value, 0.0)
-        else:
-            new_key = tl.load(k_new + row * kn_b + head * kn_h + column, mask=mask, other=0.0)
-            new_value = tl.load(v_new + row * vn_b + head * vn_h + column, mask=mask, other=0.0)
+        new_key = tl.load(k_new + row * kn_b + head * kn_h + column, mask=mask, other=0.0)
+        new_value = tl.load(v_new + row * vn_b + head * vn_h + column, mask=mask, other=0.0)
         tl.store(k + at * k_t + column, new_key, mask=mask)
         tl.store(v + at * v_t + column, new_value, mask=mask)
         tl.store(position + at, new_position, mask=mine)
@@ -664,14 +651,12 @@ def _decode_kernel(
             seen = held & writes
             if ANY_EMPTY:
                 seen = seen & (tl.load(position + j, mask=held, other=-1) >= 0)
-            keys = _read(k, j, k_t, (j < hi) if EAGER else seen, D, BD)
+            keys = _read(k, j, k_t, seen, D, BD)
             x = _scaled(tl.dot(queries, tl.trans(keys), input_precision=EXACT), scaling, softcap, HAS_CAP)
             x = tl.where(seen[None, :], x, float("-inf"))
             if KEEP_LOGITS:
                 tl.store(logits + group[:, None] * used + j[None, :], x, mask=member[:, None] & held[None, :])
-            values = _read(v, j, v_t, (j < hi) if EAGER else seen, D, BD)
-            if EAGER:
-                values = tl.where(seen[:, None], values, 0.0)
+            values = _read(v, j, v_t, seen, D, BD)
             acc, total, top = _soften(acc, total, top, x, values)
 
         if SPLIT:
