@@ -60,8 +60,7 @@ def bounded_cache(
         )
     check_sharing(policy, budget)
     if rows is not None:
-        config = model.config.get_text_config(decoder=True)
-        check_static(model, policy, budget, rows, get_layer_types_and_kwargs(config)[0])
+        check_static(model, policy, budget, rows)
     layers = make_layers(model, policy, budget, chunk)
     if rows is not None:
         modules = attention_modules(model)

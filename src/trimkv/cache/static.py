@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from transformers.cache_utils import get_layer_types_and_kwargs
 
 from ..budget import Budget
 from ..ranks import part_of
@@ -68,11 +69,8 @@ def keys_of(model, module) -> Keys:
     return Keys(part.num, queries // heads * part.num, key_dim, value_dim, dtype, device)
 
 
-def check_static(model, policy: Policy, budget: Budget, rows: int, kinds: list[str]) -> None:
+def check_static(model, policy: Policy, budget: Budget, rows: int) -> None:
     """Refuses what cannot be static.
-
-    Args:
-        kinds: of each layer, as in the model's configuration.
 
     Raises:
         ValueError: with what to change.
@@ -83,7 +81,8 @@ def check_static(model, policy: Policy, budget: Budget, rows: int, kinds: list[s
     if policy.selects or policy.grows:
         raise ValueError(f"policy {policy.name} keeps every decoded token; a static cache needs a policy that does not")
     if budget.shared:
-        raise ValueError(f"a static cache needs a budget of scope head, not {budget.scope}; leave out rows")
+        raise ValueError(f"a static cache needs a budget of scope head, not {budget.scope}")
+    kinds = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))[0]
     others = sorted(set(kinds) - {"full_attention"})
     if others:
         raise ValueError(f"{name} has layers of kind {', '.join(others)}; a static cache takes full attention only")

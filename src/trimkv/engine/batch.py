@@ -7,36 +7,25 @@ import torch
 from ..budget import Budget
 from ..cache.bounded import BoundedCache
 from ..cache.policies import POLICIES, Policy, make
-from ..cache.static import MOVING_ROPE
+from ..cache.static import check_static
 
 
-def check(model, policy: Policy, budget: Budget) -> None:
+def check(model, policy: Policy, budget: Budget, rows: int) -> None:
     """Refuses what cannot be served row by row in fixed memory.
 
     Raises:
         ValueError: the message says what to take instead.
     """
-    name, otherwise = type(model).__name__, "use model.generate with trimkv.bounded_cache"
     if not _fixed(policy):
         known = ", ".join(sorted(name for name in POLICIES if _fixed(make(name))))
         raise ValueError(
             f"policy {policy.name} does not keep a sequence in a fixed number of slots, so the engine cannot promise "
             f"its memory; choose one of {known}"
         )
-    if budget.shared:
-        raise ValueError(f"budget: the engine's rows need scope head, got {budget.scope}; {otherwise}")
-    config = model.config.get_text_config(decoder=True)
-    others = sorted(set(getattr(config, "layer_types", None) or []) - {"full_attention"})
-    if others:
-        raise ValueError(
-            f"{name} has layers ({', '.join(others)}) whose rows must be of one age; the engine serves models with "
-            f"full attention in all layers; {otherwise}"
-        )
-    rope = getattr(getattr(model.get_decoder(), "rotary_emb", None), "rope_type", "default")
-    if rope in MOVING_ROPE:
-        raise ValueError(
-            f"{name} rotates by the length of the longest row ({rope}), so rows would disturb each other; {otherwise}"
-        )
+    try:
+        check_static(model, policy, budget, rows)
+    except ValueError as error:
+        raise ValueError(f"{error}; the engine runs on one: use model.generate with trimkv.bounded_cache") from None
 
 
 def _fixed(policy: Policy) -> bool:

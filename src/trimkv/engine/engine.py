@@ -94,7 +94,7 @@ class Engine:
         if isinstance(model, str):
             model, tokenizer = _load(model, tokenizer)
         policy, budget = make(policy), Budget.of(budget)
-        batch.check(model, policy, budget)
+        batch.check(model, policy, budget, rows)
         if "log_beta" in policy.needs and not _has_gates(model):
             attach(model, gates)
         self.model, self.tokenizer = model.eval(), tokenizer
