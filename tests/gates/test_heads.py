@@ -142,3 +142,10 @@ def test_bundled_heads_are_no_bundled_gates():
 
     folders = set(map(str, bundled().values()))
     assert not any(str(folder) in folders for kind in KINDS for folder in bundled_heads(kind).values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_heads_of_the_default_model_ship(kind):
+    heads = load_heads(bundled_heads(kind)["smollm2"])
+    assert heads.kind == kind and sorted(heads.layers) == list(range(30))
+    assert heads.meta["tokens"] == 1700 * 8 * 2048
