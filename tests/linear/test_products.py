@@ -187,7 +187,7 @@ def small_blocks(monkeypatch, request):
     """Several tiles and parts at shapes that an interpreter can do."""
     for name in ("PLAIN_BLOCKS", "GATED_BLOCKS", "FP32_BLOCKS"):
         monkeypatch.setattr(products_triton, name, dict.fromkeys((16, 32, 64), (16, 16, 4, 1)))
-    monkeypatch.setattr(products_triton, "PROGRAMS", dict.fromkeys((16, 32, 64), 10**6 if request.param > 1 else 0))
+    monkeypatch.setattr(products_triton, "PROGRAMS", 10**6 if request.param > 1 else 0)
     monkeypatch.setattr(products_triton, "LEAST_BLOCKS", 1)
 
 
