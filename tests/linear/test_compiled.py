@@ -9,7 +9,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from trimkv import overlap  # noqa: E402
+from trimkv import device, overlap  # noqa: E402
 from trimkv.linear import products_triton  # noqa: E402
 
 pytestmark = pytest.mark.skipif(interpreter.INTERPRETED, reason="runs in the main process")
@@ -57,4 +57,4 @@ def test_weights_are_fetched_ahead_16_bytes_at_a_time(BM, gated, split, matrices
     assert "cp.async.cg.shared.global" in text and "wgmma" in text
     assert "cp.async.ca.shared.global" not in text, "narrow copies"
     assert text.count("griddepcontrol.wait") == text.count("griddepcontrol.launch_dependents") == int(early)
-    assert made.metadata.shared <= products_triton.HOPPER_BYTES // products_triton.PROGRAMS
+    assert made.metadata.shared <= device.HOPPER_BYTES // products_triton.PROGRAMS

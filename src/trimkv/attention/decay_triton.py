@@ -13,11 +13,12 @@ j the indices of queries and keys; lb log2(beta); x logits.
 """
 
 import os
-from contextlib import nullcontext
 
 import torch
 import triton
 import triton.language as tl
+
+from .. import device
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # fp32 as three tf32 products on tensor cores: fp32's precision, several times its speed. bf16 and fp16 don't care.
@@ -52,13 +53,12 @@ def _config(kernel: str, q: torch.Tensor) -> dict:
     table = CONFIGS
     if q.dtype == torch.float32:
         table = FP32_CONFIGS
-    elif q.is_cuda and torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin < HOPPER_BYTES:
+    elif not device.much_shared_memory(q):
         table = SMALL_CONFIGS
     BM, BN, num_warps, num_stages = table[kernel][size]
     return dict(BM=BM, BN=BN, num_warps=num_warps, num_stages=num_stages)
 
 
-HOPPER_BYTES = 227 * 1024  # of shared memory for one block
 CONFIGS = {  # head dim up to: (BM, BN, warps, stages), timed on an H100
     "forward": {64: (128, 64, 4, 3), 128: (128, 128, 8, 3), 256: (128, 64, 8, 2)},
     "keys": {64: (64, 128, 8, 3), 128: (32, 128, 8, 3), 256: (32, 64, 8, 2)},
@@ -87,7 +87,7 @@ class _Fused(torch.autograd.Function):
         lse = torch.empty(B, Q, T, dtype=torch.float32, device=q.device)
         options = _options(q, k, scaling, softcap, start)
         config = _config("forward", q)
-        with _on(q):
+        with torch.cuda.device_of(q):
             _forward_kernel[(B * Q, triton.cdiv(T, config["BM"]))](
                 *(q, k, v, log_beta, start, None if s_aux is None else s_aux.float(), out, lse),
                 *_strides(q, k, v, out),
@@ -108,7 +108,7 @@ class _Fused(torch.autograd.Function):
         options = _options(q, k, ctx.scaling, ctx.softcap, start)
         dq, dk, dv, dlog_beta = (torch.empty_like(x) for x in (q, k, v, log_beta))
         delta = torch.empty_like(lse)
-        with _on(q):
+        with torch.cuda.device_of(q):
             rows = max(1, 4096 // options["BD"])
             _delta_kernel[(B * Q, triton.cdiv(T, rows))](
                 out, dout, delta, *_strides(out, dout), Q, T, D=D, BD=options["BD"], BM=rows, num_warps=4
@@ -167,10 +167,6 @@ def _last_readers(start: torch.Tensor, BN: int) -> torch.Tensor:
     first = torch.arange(0, T, BN, device=start.device, dtype=start.dtype).expand(start.shape[0], -1)
     keys = torch.stack([first, (first + BN - 1).clamp_max(T - 1)], -1)
     return torch.searchsorted(start, keys.flatten(1), right=True).view(keys.shape).int()
-
-
-def _on(x: torch.Tensor):
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from . import slots
-from .decay_triton import _on, _strides
+from .decay_triton import _strides
 from .slots_triton import _dense, _on_kernels, _pad, _worth
 
 MOST = 8192  # candidates that one program looks at
@@ -100,7 +100,7 @@ def _keep_triton(
     order = torch.empty(B, H, T, dtype=torch.int32, device=k.device)
     BS = triton.next_power_of_2(C + T)
     BN = 64
-    with _on(k):
+    with torch.cuda.device_of(k):
         _choose_kernel[(B * H,)](
             *(new_position, position, now, log_beta_new, log_beta, source, order),
             *(*position.stride()[:2], *(position if log_beta is None else log_beta).stride()[:2]),

@@ -20,7 +20,7 @@ def sums(log_beta_NT: torch.Tensor, start_BT: torch.Tensor | None, heads: int) -
     out = torch.empty_like(log_beta_NT, memory_format=torch.contiguous_format)
     start = None if start_BT is None else start_BT.int().contiguous()
     grid = (N, triton.cdiv(T, SIZES["A"] * SIZES["C"]))
-    with _on(log_beta_NT):
+    with torch.cuda.device_of(log_beta_NT):
         _sums[grid](log_beta_NT.contiguous(), start, out, heads, T, start is not None, PRECISION=PRECISION, **SIZES)
     return out
 
@@ -36,7 +36,7 @@ def gradients(
         start = start_BT.int().contiguous()
         index = torch.arange(T, device=start.device, dtype=torch.int32).expand_as(start).contiguous()
         end = torch.searchsorted(start, index, right=True, out_int32=True)  # where each token's document ends
-    with _on(log_beta_NT):
+    with torch.cuda.device_of(log_beta_NT):
         _gradients[(N, triton.cdiv(T, SIZES["K"]))](
             log_beta_NT.contiguous(),
             start,
@@ -50,11 +50,6 @@ def gradients(
             **SIZES,
         )
     return out
-
-
-def _on(tensor: torch.Tensor):
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device_of(tensor)
 
 
 @triton.jit

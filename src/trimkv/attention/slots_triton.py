@@ -26,9 +26,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import overlap
+from .. import device, overlap
 from . import slots
-from .decay_triton import EXACT, HOPPER_BYTES, LOG2E, NOTHING, _on, _strides, _tanh
+from .decay_triton import EXACT, LOG2E, NOTHING, _strides, _tanh
 
 SCORES = ("retention", "position", "none")
 LN2 = tl.constexpr(0.6931471805599453)
@@ -39,7 +39,7 @@ RETENTION, NO_SCORE = tl.constexpr("retention"), tl.constexpr("none")
 # Head dim up to: block sizes, warps, stages. For 128 the best of a sweep on an H200, else by compiling for sm_90
 # (registers, shared memory), not timed.
 DECODE = {64: (64, 4, 4), 128: (64, 4, 2), 256: (32, 4, 3)}  # BN, warps, stages
-DECODE_LONG = {64: (64, 4, 4), 128: (64, 4, 3), 256: (32, 4, 3)}  # with more than LONG slots
+DECODE_LONG = {**DECODE, 128: (64, 4, 3)}  # with more than LONG slots
 DECODE_FP32 = {64: (32, 4, 3), 128: (32, 4, 3), 256: (16, 8, 3)}
 DECODE_SMALL = {64: (64, 4, 3), 128: (64, 4, 2), 256: (32, 4, 2)}  # for 99 KB of shared memory
 CHUNK = {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (128, 32, 8, 2)}  # BM, BN, warps, stages
@@ -348,7 +348,7 @@ def _decode_triton(
     joins = splits > 1 and counters is not None
     assert not joins or counters.dtype == torch.int32 and counters.numel() >= B * H
     early = overlap.overlaps(q)
-    with _on(q):
+    with torch.cuda.device_of(q):
         # The search comes last: it takes the places of those that are done.
         _decode_kernel[(B * H, splits + (score != "none"))](
             *(q, k_new, v_new, log_beta_new, k, v, position, log_beta, slot, now),
@@ -391,7 +391,7 @@ def _chunk_triton(q, k_new, v_new, new_position, k, v, position, scaling, softca
     new_position = new_position.contiguous()
     BM, BN, num_warps, num_stages = _config(CHUNK, CHUNK_FP32, CHUNK_SMALL, q, any_empty)
     out, norm = _chunk_outputs(q, lse)
-    with _on(q):
+    with torch.cuda.device_of(q):
         _chunk_kernel[(B * H, triton.cdiv(T * G, BM))](
             *(q, k_new, v_new, new_position, k, v, position, None if s_aux is None else s_aux.float(), out, norm),
             *(*_strides(q, k_new, v_new, k, v, out), *position.stride()[:2]),
@@ -430,7 +430,7 @@ def _config(table, fp32_table, small_table, q, any_empty) -> tuple:
     D = q.shape[-1]
     if q.dtype == torch.float32:
         table = fp32_table
-    elif q.is_cuda and torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin < HOPPER_BYTES:
+    elif not device.much_shared_memory(q):
         table = small_table
     *blocks, num_warps, num_stages = table[64 if D <= 64 else 128 if D <= 128 else 256]
     # Positions are loaded ahead of the keys that they mask: twice as far for as many keys in flight.
@@ -591,14 +591,14 @@ def _decode_kernel(
     n = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     row, head = n // H, n % H
-    k += row * k_b + head * k_h
-    v += row * v_b + head * v_h
     if EARLY:
         overlap.let_next_begin()
         overlap.wait()
     at = tl.load(slot + n).to(tl.int32)
     new_position = tl.load(now + row).to(tl.int32)
     writes = at >= 0
+    k += row * k_b + head * k_h
+    v += row * v_b + head * v_h
     position += row * p_b + head * p_h
     new_beta = 0.0
     if HAS_BETA:

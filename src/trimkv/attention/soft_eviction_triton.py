@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .. import device
 from . import decay_triton
 from .decay_triton import EXACT, LOG2E, NOTHING, _key_ranges, _load, _store
 from .soft_eviction import HALVINGS, HIGHEST, LOWEST, YOUNGEST
@@ -60,7 +61,7 @@ class _Fused(torch.autograd.Function):
         out = torch.empty_like(q)
         lse = torch.empty(B, Q, T, dtype=torch.float32, device=q.device)
         config = _config("forward", q)
-        with decay_triton._on(q):
+        with torch.cuda.device_of(q):
             _border_kernel[(B * H, triton.cdiv(T, BORDER["BM"]))](
                 *(worth, log_ages, start, budget, sharpness, border, share, H, T),
                 STEPS=HALVINGS,
@@ -86,7 +87,7 @@ class _Fused(torch.autograd.Function):
         options = _options(q, k, ctx.scaling, start)
         dq, dk, dv, dworth = (torch.empty_like(x) for x in (q, k, v, worth))
         delta, dborder = torch.empty_like(lse), torch.empty_like(lse)
-        with decay_triton._on(q):
+        with torch.cuda.device_of(q):
             rows = max(1, 4096 // options["BD"])
             decay_triton._delta_kernel[(B * Q, triton.cdiv(T, rows))](
                 *(out, dout, delta, *decay_triton._strides(out, dout), Q, T),
@@ -121,10 +122,7 @@ class _Fused(torch.autograd.Function):
 
 def _config(kernel: str, q: torch.Tensor) -> dict:
     config = decay_triton._config(kernel, q)
-    small = q.is_cuda and (
-        torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin < decay_triton.HOPPER_BYTES
-    )
-    if q.dtype == torch.float32 or small:
+    if q.dtype == torch.float32 or not device.much_shared_memory(q):
         return config
     D = q.shape[-1]
     return dict(zip(config, CONFIGS[kernel][64 if D <= 64 else 128 if D <= 128 else 256], strict=True))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from .. import device as devices
 from ..attention import reference
 from ..linear import products
 from .measure import Wrong, replayed, row
@@ -143,7 +144,7 @@ def _sweep(one_of: list, name: str, rows: int, where: dict, o: Options, bandwidt
             splits = -(-blocks // -(-blocks // splits))
             plan = BN, BK, splits, warps, stages
             bytes_ = stages * BK * (BM + BN * (1 + gated)) * weights[0].itemsize
-            if plan in seen or bytes_ > products_triton.HOPPER_BYTES:
+            if plan in seen or bytes_ > devices.HOPPER_BYTES:
                 continue
             seen.add(plan)
             products_triton.TUNED[key] = plan

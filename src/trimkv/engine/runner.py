@@ -215,8 +215,7 @@ class Runner:
     def _replay(self, pool) -> None:
         """From now on steps, and chunks where they can be, are graphs in one pool of memory."""
         self.graphs = Graphs(self._step, self._idle, pool)
-        if isinstance(self.staging, FixedStaging):
-            self.staging.replay(self._compiled, pool)
+        self.staging.replay(self._compiled, pool)
 
     @torch.no_grad()
     def _capture(self) -> None:

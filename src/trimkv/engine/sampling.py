@@ -8,9 +8,9 @@ from .request import GREEDY, KINDS, LIMITED, MAX_TOP_K, SamplingParams
 from .rows import Rows
 
 # Multipliers of MurmurHash3's finalisers (Appleby, public domain), as signed numbers.
-_MIX32 = 0x85EBCA6B - 2**32, 0xC2B2AE35 - 2**32
-_MIX64 = 0xFF51AFD7ED558CCD - 2**64, 0xC4CEB9FE1A85EC53 - 2**64
-_ODD = 0x9E3779B97F4A7C15 - 2**64
+MIX32 = 0x85EBCA6B - 2**32, 0xC2B2AE35 - 2**32
+MIX64 = 0xFF51AFD7ED558CCD - 2**64, 0xC4CEB9FE1A85EC53 - 2**64
+ODD = 0x9E3779B97F4A7C15 - 2**64
 
 
 def kind_of(many: Iterable[SamplingParams]) -> str:
@@ -78,7 +78,7 @@ def lowest_kept(x_BV: torch.Tensor, top_k_B: torch.Tensor, top_p_B: torch.Tensor
 
 def gumbel(seed_B: torch.Tensor, step_B: torch.Tensor, vocabulary: int) -> torch.Tensor:
     """fp32 [B, V]: noise of the Gumbel distribution, the same wherever (seed, step, index) is the same."""
-    key = _mix64(_mix64(seed_B) + (step_B.to(torch.int64) + 1) * _ODD).view(torch.int32).view(-1, 2)
+    key = _mix64(_mix64(seed_B) + (step_B.to(torch.int64) + 1) * ODD).view(torch.int32).view(-1, 2)
     index = torch.arange(vocabulary, dtype=torch.int32, device=seed_B.device)
     bits = _mix32(_mix32(index + key[:, :1]) ^ key[:, 1:])
     uniform = (((bits >> 9) & 0x7FFFFF).float() + 0.5) * 2.0**-23  # 23 bits: never 0, never 1
@@ -86,12 +86,12 @@ def gumbel(seed_B: torch.Tensor, step_B: torch.Tensor, vocabulary: int) -> torch
 
 
 def _mix32(x: torch.Tensor) -> torch.Tensor:
-    x = (x ^ ((x >> 16) & 0xFFFF)) * _MIX32[0]
-    x = (x ^ ((x >> 13) & 0x7FFFF)) * _MIX32[1]
+    x = (x ^ ((x >> 16) & 0xFFFF)) * MIX32[0]
+    x = (x ^ ((x >> 13) & 0x7FFFF)) * MIX32[1]
     return x ^ ((x >> 16) & 0xFFFF)
 
 
 def _mix64(x: torch.Tensor) -> torch.Tensor:
-    x = (x ^ ((x >> 33) & 0x7FFFFFFF)) * _MIX64[0]
-    x = (x ^ ((x >> 33) & 0x7FFFFFFF)) * _MIX64[1]
+    x = (x ^ ((x >> 33) & 0x7FFFFFFF)) * MIX64[0]
+    x = (x ^ ((x >> 33) & 0x7FFFFFFF)) * MIX64[1]
     return x ^ ((x >> 33) & 0x7FFFFFFF)

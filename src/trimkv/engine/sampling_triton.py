@@ -10,14 +10,14 @@ import triton.language as tl
 
 from .request import DRAWN, ERROR, GREEDY, LENGTH, LIMITED, RUNNING, STOP
 from .rows import NO_ID, Rows
-from .sampling import _MIX32, _MIX64, _ODD, adjusted, lowest_kept
+from .sampling import MIX32, MIX64, ODD, adjusted, lowest_kept
 
 BLOCK = 2048  # logits that a program looks at
 NONE = tl.constexpr(NO_ID)
 GOES_ON, STOPPED, AT_LIMIT, UNSOUND = (tl.constexpr(reason) for reason in (RUNNING, STOP, LENGTH, ERROR))
 IS_GREEDY, IS_DRAWN, IS_LIMITED = (tl.constexpr(kind) for kind in (GREEDY, DRAWN, LIMITED))
-MIX32_A, MIX32_B = (tl.constexpr(number) for number in _MIX32)
-MIX64_A, MIX64_B, ODD = (tl.constexpr(number) for number in (*_MIX64, _ODD))
+MIX32_A, MIX32_B = (tl.constexpr(number) for number in MIX32)
+MIX64_A, MIX64_B, STEP = (tl.constexpr(number) for number in (*MIX64, ODD))
 
 
 def choose_and_advance(logits_BV: torch.Tensor, rows: Rows, kind: str) -> None:
@@ -32,7 +32,7 @@ def choose_and_advance(logits_BV: torch.Tensor, rows: Rows, kind: str) -> None:
     best = torch.empty(B, blocks, dtype=torch.float32, device=device)
     index = torch.empty(B, blocks, dtype=torch.int32, device=device)
     seen, active = rows.seen.view(torch.uint8), rows.active.view(torch.uint8)
-    with torch.cuda.device(device) if logits_BV.is_cuda else torch.no_grad():
+    with torch.cuda.device_of(logits_BV):
         _best_kernel[(B, blocks)](
             *(x, seen, rows.penalty, rows.temperature, rows.seed, rows.produced, lowest, best, index),
             *(V, x.stride(0), seen.stride(0)),
@@ -66,7 +66,7 @@ def _mix64(x):
 @triton.jit
 def _gumbel(seed, step, i):
     """``sampling.gumbel`` of the tokens i."""
-    key = _mix64(_mix64(seed) + (step.to(tl.int64) + 1) * ODD)
+    key = _mix64(_mix64(seed) + (step.to(tl.int64) + 1) * STEP)
     low, high = key.to(tl.int32), (key >> 32).to(tl.int32)
     bits = _mix32(_mix32(i + low) ^ high)
     uniform = (((bits >> 9) & 0x7FFFFF).to(tl.float32) + 0.5) * (1.0 / 8388608)

@@ -68,6 +68,9 @@ class Staging:
         """Puts back what was read; to be called on a row that is cleared."""
         self.cache.restore(snapshot)
 
+    def replay(self, idle, pool) -> None:
+        """From now on what can be a graph is one: captured within ``idle``, in this pool of memory."""
+
     def capture(self) -> None:
         """Makes all graphs, if there are any."""
 

@@ -14,13 +14,12 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import overlap
+from .. import device, overlap
 from .products import GATED, MATRICES, SILU_LAST
 
 # fp32 as three tf32 products on tensor cores: fp32's precision. bf16 and fp16 don't care.
 EXACT = tl.constexpr("tf32x3")
 PROGRAMS = 1  # on a multiprocessor, that a product should be spread over
-HOPPER_BYTES = 227 * 1024  # of shared memory for one block of threads
 LEAST_BLOCKS = 4  # of columns that a program walks over, where they are split
 
 
@@ -38,7 +37,7 @@ class Plan(NamedTuple):
 # Widths of all outputs, columns, rows of x up to -> BN, BK, splits, warps, stages, where a device has been asked.
 TUNED: dict[tuple[int, int, int], tuple[int, int, int, int, int]] = {}
 # Rows of x up to -> BN, BK, warps, stages: the best of some twenty on an H200, within a step of 4, 8 and 64 rows.
-PLAIN_BLOCKS = {16: (64, 128, 4, 6), 32: (64, 128, 4, 6), 64: (64, 128, 4, 6)}
+PLAIN_BLOCKS = dict.fromkeys((16, 32, 64), (64, 128, 4, 6))
 PLAIN_SMALL = {16: (64, 128, 4, 4), 32: (64, 128, 4, 4), 64: (64, 64, 4, 5)}  # for 99 KB of shared memory
 GATED_BLOCKS = {16: (64, 64, 4, 5), 32: (64, 64, 4, 5), 64: (64, 64, 4, 4)}
 FP32_BLOCKS = {16: (32, 64, 4, 3), 32: (32, 64, 4, 3), 64: (32, 32, 4, 3)}
@@ -55,7 +54,7 @@ def plan(x: torch.Tensor, weights: list[torch.Tensor], activation: str) -> Plan:
     if x.dtype == torch.float32:
         table = FP32_BLOCKS
     else:
-        table = GATED_BLOCKS if gated else PLAIN_BLOCKS if _much_shared_memory(x) else PLAIN_SMALL
+        table = GATED_BLOCKS if gated else PLAIN_BLOCKS if device.much_shared_memory(x) else PLAIN_SMALL
     BN, BK, num_warps, num_stages = table[BM]
     blocks = triton.cdiv(K, BK)
     tiles = _tiles(weights, BN, gated) * triton.cdiv(rows, BM)
@@ -66,10 +65,6 @@ def plan(x: torch.Tensor, weights: list[torch.Tensor], activation: str) -> Plan:
 
 def _multiprocessors(x: torch.Tensor) -> int:
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-
-
-def _much_shared_memory(x: torch.Tensor) -> bool:
-    return not x.is_cuda or torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin >= HOPPER_BYTES
 
 
 def _tiles(weights, BN: int, gated: bool) -> int:
@@ -101,7 +96,7 @@ def linear(x, weights, biases, has_bias, squares, eps, activation, residual, nor
     widths = [w.shape[0] for w in weights] + [0] * (MATRICES - len(weights))
     per = triton.cdiv(triton.cdiv(K, how.BK), splits)  # blocks: a multiple of BK that the compiler can see
     early = overlap.overlaps(x)
-    with _on(x):
+    with torch.cuda.device_of(x):
         _linear_kernel[(tiles, splits, row_blocks)](
             *(x, *matrices, *biases, squares, residual, norm, y, y_norm, y_squares, parts, counters),
             *(rows, K, x.stride(0), *(w.stride(0) for w in matrices), *widths, N, per, eps),
@@ -133,7 +128,7 @@ def norm_input(x, weight):
     rows, E = x.shape
     assert x.stride(1) == 1
     y, squares = x.new_empty(rows, E), torch.empty(rows, 1, dtype=torch.float32, device=x.device)
-    with _on(x):
+    with torch.cuda.device_of(x):
         shape = dict(BE=triton.next_power_of_2(E), EARLY=overlap.overlaps(x))
         _norm_input_kernel[(rows,)](x, weight, y, squares, x.stride(0), E, **shape, num_warps=8)
     return y, squares
@@ -150,7 +145,7 @@ def heads(qkv, Q, H, D, cos, sin, q_norm, k_norm, eps, weight, bias):
     log_beta = torch.empty((rows, H) if weight is not None else (0,), dtype=torch.float32, device=qkv.device)
     width = 0 if weight is None else weight.shape[1]
     early = overlap.overlaps(qkv)
-    with _on(qkv):
+    with torch.cuda.device_of(qkv):
         _heads_kernel[(rows, Q + H + (weight is not None))](
             *(qkv, cos, sin, q_norm, k_norm, weight, bias, qk, log_beta),
             *(qkv.stride(0), cos.stride(0), sin.stride(0), eps),
@@ -167,10 +162,6 @@ def heads(qkv, Q, H, D, cos, sin, q_norm, k_norm, eps, weight, bias):
             **overlap.launch(early),
         )
     return qk, log_beta
-
-
-def _on(x: torch.Tensor):
-    return torch.cuda.device(x.device) if x.is_cuda else torch.no_grad()
 
 
 @triton.jit

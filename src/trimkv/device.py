@@ -1,0 +1,13 @@
+"""What kernels ask of the device that they run on.
+
+Triton launches on the current device, which need not be the tensor's: launches stand within torch.cuda.device_of.
+"""
+
+import torch
+
+HOPPER_BYTES = 227 * 1024  # of shared memory for one block of threads
+
+
+def much_shared_memory(x: torch.Tensor) -> bool:
+    """Whether a block of threads has a Hopper's shared memory on the device of x; without a GPU there is no limit."""
+    return not x.is_cuda or torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin >= HOPPER_BYTES
