@@ -24,7 +24,8 @@ class Ahead:
         kernels: what does the steps.
         stream: where gates run while a step is captured, beside the projections, which do not wait for them; None
             leaves them where they are.
-        slot, now: of the step that is running: [L, B, H], -1 in rows that are not active; [B].
+        real: bool [B, 1], which rows the step that is running is for; None: all.
+        slot, now: of that step, once a layer has asked for its places: [L, B, H], -1 in rows that are not real; [B].
         stale: whether ``next_slot`` must be found anew. A host flag: what changes a store outside of a step is called
             by the host.
     """
@@ -36,7 +37,7 @@ class Ahead:
         self.seen = torch.zeros(L, B, dtype=torch.int32, device=device)
         self.next_slot = torch.zeros(L, B, H, dtype=torch.int32, device=device)
         self.counters = torch.zeros(B * H, dtype=torch.int32, device=device)
-        self.slot = self.now = None
+        self.real = self.slot = self.now = None
         self.stale = True
         self.stream: torch.cuda.Stream | None = None
         self.kernels = self._kernels(layers[0])
@@ -59,14 +60,20 @@ class Ahead:
     def begin(self, real_B1: torch.Tensor | None) -> None:
         """Starts a step: rows that are not real write nothing and see nothing."""
         self.refresh()
-        self.now = self.seen[0].clone()
-        if real_B1 is None:
-            self.slot = self.next_slot.clone()
-            self.seen += 1
-        else:
-            real_B1 = real_B1.to(self.seen.device)
-            self.slot = self.next_slot.masked_fill(~real_B1, -1)
-            self.seen += real_B1[:, 0]
+        self.real, self.slot, self.now = real_B1, None, None
+
+    def places(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where a layer's new tokens go in this step, [B, H], and their positions, [B]."""
+        if self.slot is None:  # nobody who begins steps for all layers has done it (beginning.py)
+            self.now = self.seen[0].clone()
+            if self.real is None:
+                self.slot = self.next_slot.clone()
+                self.seen += 1
+            else:
+                real_B1 = self.real.to(self.seen.device)
+                self.slot = self.next_slot.masked_fill(~real_B1, -1)
+                self.seen += real_B1[:, 0]
+        return self.slot[layer], self.now
 
     @contextmanager
     def beside(self) -> Iterator[None]:

@@ -29,3 +29,15 @@ def kernels(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
     except ImportError:  # a build of torch without triton
         return None
     return None if slots_triton.unsupported(q, k, v) else slots_triton
+
+
+def projected_kernels(num_query_heads: int, k: torch.Tensor):
+    """The module that decodes from a layer's projections if it can serve a store of such keys, [B, H, C, D], else
+    None."""
+    if _off or not k.is_cuda:
+        return None
+    try:
+        from ..attention import slots_hopper
+    except ImportError:  # no Triton, or one without this Gluon
+        return None
+    return slots_hopper if slots_hopper.serves(num_query_heads, k) else None

@@ -13,11 +13,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 from transformers import AttentionInterface
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..attention import reference, slots
 from ..linear import products
 from ..linear.products import Normed
 from ..ranks import ranks_of
+from .beginning import Beginning, recognise_beginning
+from .fused import projected_kernels
 
 LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -79,17 +82,32 @@ class Layer:
         gate = getattr(self.attention, "retention_gate", None)
         return None if gate is None or gate.reads_keys else gate
 
-    def project(self, x: Normed, cos, sin, gate, counters):
-        """Rotated q [B, Q, D] and k [B, H, D], v [B, H, D], and log_beta [B, H] or None."""
+    def attend(self, x: Normed, cos, sin, past_key_values, counters) -> torch.Tensor:
+        """From the normed input to what the heads give, [B, Q D]."""
         Q, H, D = self.heads
+        cache = past_key_values.layers[self.index]
+        gate = self.gate if "log_beta" in cache.policy.needs else None
         weights, biases = self.projections
         activation, second = products.PLAIN, None
         if gate is not None:
             weights, biases = [*weights, gate.linear1.weight], [*biases, gate.linear1.bias]
             activation, second = products.SILU_LAST, (gate.linear2.weight, gate.bias)
         qkv = products.linear(x, weights, biases, activation, counters=counters)
+        kernels = self._from_projections(cache, gate)
+        if kernels is not None:
+            return cache.decode_projected(kernels, qkv, Q, (cos, sin), self.head_norms, second, self.scaling)
         q, k, log_beta = products.heads(qkv, Q, H, D, cos, sin, *self.head_norms, second)
-        return q, k, qkv[:, (Q + H) * D : (Q + 2 * H) * D].unflatten(1, (H, D)), log_beta
+        v = qkv[:, (Q + H) * D : (Q + 2 * H) * D].unflatten(1, (H, D))
+        if log_beta is not None:
+            cache.stage_log_beta(log_beta[:, :, None])
+        k, v = past_key_values.update(k[:, :, None], v[:, :, None], self.index)
+        return cache.attend(self.attention, q[:, :, None], k, v, self.scaling).flatten(1)
+
+    def _from_projections(self, cache, gate):
+        """The kernels that need no queries and keys to be made for them, if they can serve."""
+        if cache.ahead is None or "log_beta" in cache.policy.needs and gate is None:
+            return None
+        return projected_kernels(self.heads[0], cache.store.k)
 
     def finish(self, out_BN: torch.Tensor, residual_BE: torch.Tensor, following: Norm, counters):
         """All after attention. Returns [B, E] and the same for the next norm."""
@@ -108,6 +126,7 @@ class FusedLayers:
     layers: list[Layer]
     last_norm: Norm
     counters: torch.Tensor
+    beginning: Beginning | None = None  # None: the decoder's own code embeds and rotates
     _handed: tuple | None = field(default=None, repr=False)  # what a layer leaves for the next one
 
     @contextmanager
@@ -115,6 +134,8 @@ class FusedLayers:
         """Within it, forwards of one token per row with a static cache are fused; others are errors."""
         decoder, head = self.model.get_decoder(), self.model.get_output_embeddings()
         places = [(module, self._layer(i)) for i, module in enumerate(decoder.layers)]
+        if self.beginning is not None:
+            places.append((decoder, self._decoder(decoder.forward)))
         if head is not None:
             places += [(decoder.norm, self._norm), (head, self._head)]
         before = [module.__dict__.get("forward") for module, _ in places]
@@ -129,9 +150,32 @@ class FusedLayers:
                     module.forward = forward
             self._handed = None
 
+    def _following(self, i: int) -> Norm:
+        return self.layers[i + 1].first_norm if i + 1 < len(self.layers) else self.last_norm
+
+    def _decoder(self, stock):
+        def forward(input_ids=None, past_key_values=None, position_ids=None, **kwargs):
+            ahead = past_key_values.ahead
+            if input_ids is None or position_ids is None or ahead is None or ahead.real is None:
+                given = dict(input_ids=input_ids, past_key_values=past_key_values, position_ids=position_ids)
+                return stock(**given, **kwargs)
+            assert input_ids.shape[1] == 1, "fused layers do decode steps"
+            first = self.layers[0].first_norm
+            position = position_ids.expand(len(input_ids), 1)[:, 0]
+            x, normed, (cos, sin), (ahead.slot, ahead.now) = self.beginning.step(
+                *(input_ids[:, 0], position, ahead.real[:, 0], (first.weight, first.eps)),
+                *(ahead.seen, ahead.next_slot),
+            )
+            for i, layer in enumerate(self.layers):
+                out = layer.attend(normed, cos, sin, past_key_values, self.counters)
+                x, normed = layer.finish(out, x, self._following(i), self.counters)
+            self._handed = x, normed
+            return BaseModelOutputWithPast(last_hidden_state=self._norm(x), past_key_values=past_key_values)
+
+        return forward
+
     def _layer(self, i: int):
-        layer = self.layers[i]
-        following = self.layers[i + 1].first_norm if i + 1 < len(self.layers) else self.last_norm
+        layer, following = self.layers[i], self._following(i)
 
         def forward(hidden_states, *args, past_key_values=None, position_embeddings=None, **kwargs):
             assert hidden_states.shape[1] == 1, "fused layers do decode steps"
@@ -142,14 +186,8 @@ class FusedLayers:
                 mine, normed = self._handed
                 assert mine.data_ptr() == x.data_ptr(), "something between two layers has changed what they hand on"
             cos, sin = (one.expand(len(x), -1, -1)[:, 0] for one in position_embeddings)
-            cache = past_key_values.layers[layer.index]
-            staged = layer.gate if "log_beta" in cache.policy.needs else None
-            q, k, v, log_beta = layer.project(normed, cos, sin, staged, self.counters)
-            if log_beta is not None:
-                cache.stage_log_beta(log_beta[:, :, None])
-            k, v = past_key_values.update(k[:, :, None], v[:, :, None], layer.index)
-            out = cache.attend(layer.attention, q[:, :, None], k, v, layer.scaling)
-            self._handed = layer.finish(out.flatten(1), x, following, self.counters)
+            out = layer.attend(normed, cos, sin, past_key_values, self.counters)
+            self._handed = layer.finish(out, x, following, self.counters)
             return self._handed[0][:, None]
 
         return forward
@@ -202,7 +240,8 @@ def _recognise(model) -> FusedLayers:
         raise NotRecognised("its weights are of several dtypes or on several devices")
     _check_layers(model, decoder, layers)
     counters = torch.zeros(COUNTERS, dtype=torch.int32, device=first.device)
-    return FusedLayers(model, layers, last_norm, counters)
+    beginning = None if head is None else recognise_beginning(decoder, layers[0].heads[2])
+    return FusedLayers(model, layers, last_norm, counters, beginning)
 
 
 def _layer(i: int, module) -> Layer:

@@ -67,8 +67,11 @@ class DecodeStep:
         return compiled_parts(self.model) if self.compile else nullcontext()
 
     def _forward(self) -> None:
+        # Fused layers need no positions of their own; given none, the cache's hook would make some.
+        position = None if self.fused is None else self.cache.seen[:, None]
+        given = dict(attention_mask=self.active, position_ids=position, past_key_values=self.cache, use_cache=True)
         with self._parts():
-            out = self.model(self.token, attention_mask=self.active, past_key_values=self.cache, use_cache=True)
+            out = self.model(self.token, **given)
         self.logits = out.logits[:, -1]
 
     @torch.no_grad()

@@ -390,12 +390,28 @@ class BoundedLayer(CacheLayerMixin):
         self.peak_decode_tokens = max(self.peak_decode_tokens, self.count)
         got = self._run_kernel(
             ahead.kernels,
-            *(q, k, v, log_beta, ahead.slot[i], ahead.now),
+            *(q, k, v, log_beta, *ahead.places(i)),
             score=self.policy.search,
             next_slot_BH=ahead.next_slot[i],
             counters=ahead.counters,
         )
         return got.out[:, :, None]
+
+    def decode_projected(self, kernels, qkv_BN, num_query_heads, rotation, head_norms, gate, scaling) -> torch.Tensor:
+        """``update`` and ``attend`` of a single token per row from its layer's projections (``slots_hopper.decode``):
+        norms, rotation and the gate's end are seen to there. Returns [B, Q D]."""
+        ahead, i = self.ahead, self.which
+        self.columns += 1
+        self.real, self.facts.scaling = None, scaling
+        self.open()
+        self.peak_decode_tokens = max(self.peak_decode_tokens, self.count)
+        store = self.store
+        return kernels.decode(
+            *(qkv_BN, num_query_heads, *rotation, *head_norms, gate),
+            *(store.k, store.v, store.position, store.state["log_beta"] if gate else None),
+            *(*ahead.places(i), scaling, self.policy.search),
+            *(self.sinks, max(self.recent - 1, 0), self.policy.offset, ahead.next_slot[i], ahead.counters),
+        )
 
     def _run_kernel(self, kernels, q, k, v, log_beta, slot, now, **options):
         """``slots_triton.decode`` with what this layer knows."""

@@ -17,6 +17,11 @@ import triton.language as tl
 from .. import device, overlap
 from .products import GATED, MATRICES, SILU_LAST
 
+try:
+    from . import products_hopper as hopper
+except ImportError:  # a Triton without this Gluon
+    hopper = None
+
 # fp32 as three tf32 products on tensor cores: fp32's precision. bf16 and fp16 don't care.
 EXACT = tl.constexpr("tf32x3")
 PROGRAMS = 1  # on a multiprocessor, that a product should be spread over
@@ -73,6 +78,9 @@ def _tiles(weights, BN: int, gated: bool) -> int:
 
 def linear(x, weights, biases, has_bias, squares, eps, activation, residual, norm, counters):
     """``products.linear`` on the device of x."""
+    given = x, weights, biases, has_bias, squares, eps, activation, residual, norm, counters
+    if hopper is not None and hopper.serves(x, weights, counters):
+        return hopper.linear(*given)
     gated, how = activation == GATED, plan(x, weights, activation)
     (rows, K), dtype = x.shape, x.dtype
     assert all(w.dtype == dtype and w.stride(1) == 1 and w.shape[1] == K for w in weights), "matrices as x"
