@@ -192,7 +192,6 @@ def _copy(keys, values, stage, k, v, position, j0, hi, k_t, v_t, BN: gl.constexp
     seen = (gl.load(position + j, mask=j < hi, other=-1) >= 0)[:, None]
     async_copy.async_copy_global_to_shared(keys.index(stage), k + j[:, None] * k_t + column, mask=seen)
     async_copy.async_copy_global_to_shared(values.index(stage), v + j[:, None] * v_t + column, mask=seen)
-    async_copy.commit_group()
 
 
 @gluon.jit
@@ -256,6 +255,7 @@ def _decode_kernel(
     hi = gl.minimum(lo + per, C)
     for s in gl.static_range(STAGES):
         _copy(keys, values, s, k, v, position, lo + s * BN, hi, k_t, v_t, BN, D, COPY)
+        async_copy.commit_group()
     # Nor do weights, rotations and the search: where new tokens stand and go is known before a step's first layer.
     g = gl.arange(0, GP, gl.SliceLayout(1, HEADS))[:, None]
     d = gl.arange(0, D, gl.SliceLayout(0, HEADS))[None, :]
@@ -326,7 +326,10 @@ def _decode_kernel(
             c = j0 + gl.arange(0, BN, gl.SliceLayout(0, LEFT))
             those = gl.where((c == at)[None, :], gl.zeros_like(those), those)
         acc = mma_v2(those, gl.convert_layout(weights.to(v.dtype.element_ty), RIGHT), acc * fade[None, :])
-        _copy(keys, values, stage, k, v, position, j0 + STAGES * BN, hi, k_t, v_t, BN, D, COPY)
+        if j0 + STAGES * BN < hi:
+            _barrier()  # all threads have read this stage
+            _copy(keys, values, stage, k, v, position, j0 + STAGES * BN, hi, k_t, v_t, BN, D, COPY)
+        async_copy.commit_group()
         stage = gl.where(stage + 1 == STAGES, 0, stage + 1)
     async_copy.wait_group(0)
 
