@@ -1,9 +1,11 @@
 """What a small budget does to answers: five prompts longer than the budget, with the full cache and with bounded ones.
 
-    python benchmarks/chat_examples.py        # about 3 minutes on 2 cores
+    python benchmarks/chat_examples.py                                      # about 3 minutes on 2 cores
+    python benchmarks/chat_examples.py --temperature 0.2 --top-p 0.9        # as `trimkv chat` draws
 
-The prompts lie in examples/chat. Greedy decoding; the prompt goes through in chunks of 64 tokens, so that no query ever
-attends to more than budget + 64 tokens in it and to no more than the budget in the answer.
+The prompts lie in examples/chat. Decoding is greedy if nothing else is asked for. The prompt goes through in chunks of
+64 tokens, so that no query ever attends to more than budget + 64 tokens in it and to no more than the budget in the
+answer.
 """
 
 import argparse
@@ -26,6 +28,9 @@ def main():
     parser.add_argument("--chunk", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=160)
     parser.add_argument("--gates", default="bundled")
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0, help="of every answer")
     parser.add_argument("--name", default="chat_examples")
     args = parser.parse_args()
     folder = embedded.resolve("smollm2")
@@ -33,6 +38,9 @@ def main():
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     model.config._name_or_path = "smollm2"
     trimkv.attach(model, args.gates)
+    how = {"do_sample": False}
+    if args.temperature:
+        how = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
     examples = []
     for path in sorted(PROMPTS.glob("*.txt")):
         turn = [{"role": "user", "content": path.read_text(encoding="utf-8").strip()}]
@@ -41,7 +49,8 @@ def main():
         for policy in ("full", "streaming_llm", "trimkv"):
             cache = trimkv.bounded_cache(model, policy, args.budget, chunk=args.chunk)
             ids = inputs.input_ids
-            out = model.generate(**inputs, past_key_values=cache, max_new_tokens=args.new_tokens, do_sample=False)
+            torch.manual_seed(args.seed)
+            out = model.generate(**inputs, past_key_values=cache, max_new_tokens=args.new_tokens, **how)
             new = out[0, ids.shape[1] :].tolist()
             answers[policy] = {
                 "text": tokenizer.decode(new, skip_special_tokens=True).strip(),
@@ -51,7 +60,8 @@ def main():
             }
             print(f"\n## {path.stem}, {ids.shape[1]} tokens, {policy}\n{answers[policy]['text']}", flush=True)
         examples.append({"prompt": path.name, "prompt_tokens": ids.shape[1], "answers": answers})
-    save(args.name, {"model": "smollm2", "budget": args.budget, "chunk": args.chunk, "examples": examples})
+    asked = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
+    save(args.name, {"model": "smollm2", **asked, "budget": args.budget, "chunk": args.chunk, "examples": examples})
 
 
 def repeated(tokens: list[int], n: int = 4) -> float:

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "gates": {"ranks"},
     "device": set(),
     "overlap": set(),
-    "attention": {"device", "overlap"},
+    "attention": {"linear", "device", "overlap"},
     "linear": {"device", "overlap"},
     "cache": {"attention", "linear", "budget", "ranks"},
     "engine": {"cache", "gates", "attention", "budget", "embedded", "ranks"},

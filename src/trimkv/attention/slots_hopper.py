@@ -21,18 +21,22 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.language.extra import cuda
 
 from .. import overlap
+from ..linear import products_triton
+from . import slots_triton
+from .decay_triton import LOG2E, NOTHING
+from .slots_triton import NEVER, NO_SCORE, RETENTION
 
+# Functions of numbers one by one, which are the same in both languages.
+_log_sigmoid = gluon.jit(products_triton._log_sigmoid.fn)
+_worth = gluon.jit(slots_triton._worth.fn)
+_worse = gluon.jit(slots_triton._worse.fn)
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.7 | 3.6
-LOG2E = gl.constexpr(1.4426950408889634)
-NOTHING = gl.constexpr(-1e30)  # the largest logit of no slot: finite, so that differences are
-NEVER = gl.constexpr(2**31 - 1)  # position of what is no candidate
-RETENTION, NO_SCORE = gl.constexpr("retention"), gl.constexpr("none")
 HEAD_DIMS = (64, 128)
 BN, WARPS = 64, 4
 STAGES = {64: 3, 128: 2}  # of the ring of blocks, by head dim: 64 KB at most
 RESIDENT = 2  # programs that share a multiprocessor
 MAX_PARTS = 16
-MOST_HEADS = 1 << 30
+MOST_HEADS = 128  # of all rows: with more, slots_triton.py is faster
 SEARCH = 1024  # slots that a search looks at at a time
 
 
@@ -112,44 +116,11 @@ def _places(x: torch.Tensor) -> int:
 
 
 @gluon.jit
-def _log_sigmoid(z):
-    """Exact to fp32's last bits also where it is nearly 0: log1p(u) = 2 atanh(u / (2 + u)), as a series."""
-    u = gl.exp(-gl.abs(z))
-    s = u / (2.0 + u)
-    q = s * s
-    series = 1.0 / 17.0
-    for i in gl.static_range(8):
-        series = series * q + 1.0 / (15.0 - 2.0 * i)
-    return gl.minimum(z, 0.0) - 2.0 * s * series
-
-
-@gluon.jit
 def _line(ptr, WIDTH: gl.constexpr, BI: gl.constexpr, num_warps: gl.constexpr):
     """A vector of the gate's width in fp32."""
     LINE: gl.constexpr = gl.BlockedLayout([BI // (32 * num_warps)], [32], [num_warps], [0])
     i = gl.arange(0, BI, LINE)
     return gl.load(ptr + i, mask=i < WIDTH, other=0.0).to(gl.float32)
-
-
-@gluon.jit
-def _worth(log_beta, position, next_now, sinks, recent, offset, SCORE: gl.constexpr):
-    """slots.protect: the score of each token, -inf where there is none."""
-    if SCORE == RETENTION:
-        score = log_beta * (next_now + offset - position).to(gl.float32)
-    else:
-        score = (position * 0).to(gl.float32)  # all equal: the oldest goes
-    kept = (position < sinks) | ((recent > 0) & (position >= next_now - recent))
-    score = gl.where(kept, float("inf"), score)
-    return gl.where(position < 0, float("-inf"), score)
-
-
-@gluon.jit
-def _worse(score, position, slot, other_score, other_position, other_slot):
-    """slots.victim, pair by pair: the lower score, then the older token, then the first slot."""
-    older = (other_position < position) | ((other_position == position) & (other_slot < slot))
-    take = (other_score < score) | ((other_score == score) & older)
-    score = gl.where(take, other_score, score)
-    return score, gl.where(take, other_position, position), gl.where(take, other_slot, slot)
 
 
 @gluon.jit

@@ -31,9 +31,10 @@ from .products import GATED, MATRICES, SILU_LAST
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.7 | 3.6
 ROWS = 16  # of x at most
 BN, WARPS = 64, 4
-# Columns in a block and stages of the ring, by rows of x up to: 111 KB at most, so that two programs fit.
+# Columns in a block and stages of the ring, by rows of x up to: 111 KB at most, so that a multiprocessor takes one
+# program of this kernel and one of the next. On an H200 more stages, and fewer, were slower.
 PLAIN_RING = {8: (128, 6), 16: (128, 5)}
-GATED_RING = {8: (64, 6), 16: (64, 5)}
+GATED_RING = {8: (128, 3), 16: (64, 5)}
 LEAST_BLOCKS = 4  # of a program
 
 

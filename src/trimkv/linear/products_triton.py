@@ -137,8 +137,7 @@ def norm_input(x, weight):
     assert x.stride(1) == 1
     y, squares = x.new_empty(rows, E), torch.empty(rows, 1, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
-        shape = dict(BE=triton.next_power_of_2(E), EARLY=overlap.overlaps(x))
-        _norm_input_kernel[(rows,)](x, weight, y, squares, x.stride(0), E, **shape, num_warps=8)
+        _norm_input_kernel[(rows,)](x, weight, y, squares, x.stride(0), E, BE=triton.next_power_of_2(E), num_warps=8)
     return y, squares
 
 
@@ -316,9 +315,7 @@ def _linear_kernel(
 
 
 @triton.jit
-def _norm_input_kernel(x, weight, y, squares, x_m, E, BE: tl.constexpr, EARLY: tl.constexpr):
-    if EARLY:
-        overlap.let_next_begin()
+def _norm_input_kernel(x, weight, y, squares, x_m, E, BE: tl.constexpr):
     m = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, BE)
     wide = tl.load(x + m * x_m + e, mask=e < E, other=0.0).to(tl.float32)
