@@ -118,7 +118,7 @@ def step(run: Run) -> Iterator[dict]:
     batches = (4, 8, 64)
     for system in run.args.systems.split(","):
         yield from _decode(run, batches, system, (long,))
-    yield from _decode(run, batches, "full", (max(M - ROOM, 1),))
+    yield from _decode(run, batches, "full", (max(M - ROOM // 2, 1),))  # M tokens are held in the middle of it
     yield from _decode(run, (4,), "full", (long,))
 
 
