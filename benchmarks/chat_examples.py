@@ -1,7 +1,8 @@
 """What a small budget does to answers: five prompts longer than the budget, with the full cache and with bounded ones.
 
-    python benchmarks/chat_examples.py                                      # about 3 minutes on 2 cores
-    python benchmarks/chat_examples.py --temperature 0.2 --top-p 0.9        # as `trimkv chat` draws
+    python benchmarks/chat_examples.py        # about 3 minutes on 2 cores
+    python benchmarks/chat_examples.py --temperature 0.2 --top-p 0.9 --repetition-penalty 1.1 --chunk 512 \
+        --name chat_examples_chat             # as `trimkv chat` decodes
 
 The prompts lie in examples/chat. Decoding is greedy if nothing else is asked for. The prompt goes through in chunks of
 64 tokens, so that no query ever attends to more than budget + 64 tokens in it and to no more than the budget in the
@@ -30,6 +31,7 @@ def main():
     parser.add_argument("--gates", default="bundled")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--repetition-penalty", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0, help="of every answer")
     parser.add_argument("--name", default="chat_examples")
     args = parser.parse_args()
@@ -38,9 +40,9 @@ def main():
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     model.config._name_or_path = "smollm2"
     trimkv.attach(model, args.gates)
-    how = {"do_sample": False}
+    how = {"do_sample": False, "repetition_penalty": args.repetition_penalty}
     if args.temperature:
-        how = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
+        how |= {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
     examples = []
     for path in sorted(PROMPTS.glob("*.txt")):
         turn = [{"role": "user", "content": path.read_text(encoding="utf-8").strip()}]
@@ -61,6 +63,7 @@ def main():
             print(f"\n## {path.stem}, {ids.shape[1]} tokens, {policy}\n{answers[policy]['text']}", flush=True)
         examples.append({"prompt": path.name, "prompt_tokens": ids.shape[1], "answers": answers})
     asked = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
+    asked["repetition_penalty"] = args.repetition_penalty
     save(args.name, {"model": "smollm2", **asked, "budget": args.budget, "chunk": args.chunk, "examples": examples})
 
 

@@ -55,7 +55,8 @@ def measure(model, tokenizer, inputs, policy: str, temperature: float, args) -> 
     torch.manual_seed(0)
     cache = trimkv.bounded_cache(model, policy, args.budget, chunk=args.chunk)
     how = {"do_sample": True, "temperature": temperature, "top_p": args.top_p, "top_k": 0} if temperature else {}
-    out = model.generate(**inputs, past_key_values=cache, max_new_tokens=args.new_tokens, **{"do_sample": False, **how})
+    how = {"do_sample": False, "repetition_penalty": args.repetition_penalty, **how}
+    out = model.generate(**inputs, past_key_values=cache, max_new_tokens=args.new_tokens, **how)
     answers, ended = [], 0
     for tokens in out[:, inputs.input_ids.shape[1] :].tolist():
         if tokenizer.eos_token_id in tokens:
@@ -68,6 +69,7 @@ def measure(model, tokenizer, inputs, policy: str, temperature: float, args) -> 
         "budget": None if policy == "full" else args.budget,
         "temperature": temperature,
         "top_p": args.top_p if temperature else None,
+        "repetition_penalty": args.repetition_penalty,
         "loops": round(sum(repeated(tokens) > LOOP for tokens in answers) / number, 3),
         "repeated_4grams": round(sum(map(repeated, answers)) / number, 3),
         "broken_off": round(sum(len(tokens) < SHORT for tokens in answers) / number, 3),
@@ -93,7 +95,8 @@ def main():
     parser.add_argument("--chunk", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=160)
     parser.add_argument("--temperatures", default="0,0.7")
-    parser.add_argument("--top-p", type=float, default=1.0, help="`trimkv chat` draws with temperature 0.2, top-p 0.9")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--repetition-penalty", type=float, default=1.0)
     parser.add_argument("--name", default="chat_fluency")
     parser.add_argument("--folder", type=Path, default=RESULTS)
     args = parser.parse_args()

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -538,6 +539,24 @@ class TestConversation:
         assert pieces == ["a"]
         stream.end()
         assert "".join(pieces).startswith("a\ufffd")
+
+    @pytest.mark.parametrize("window", [None, 20, 1000])
+    def test_the_repetition_penalty_looks_back_as_far_as_its_window(self, window):
+        model, history = chat_model(), (torch.arange(60) * 7 % 200 + 10).tolist()
+        sampling = Sampling(12, temperature=0, top_p=1, repetition_penalty=4, penalty_window=window)
+        cache = trimkv.bounded_cache(model, policy="full")
+        got = answer(model, byte_tokenizer(), cache, list(history), sampling, 16).token_ids
+        expect = []
+        for _ in got:
+            logits = model(torch.tensor([history + expect])).logits[0, -1]
+            said = sorted({*history[-window if window else 0 :], *expect})
+            logits[said] = torch.where(logits[said] > 0, logits[said] / 4, logits[said] * 4)
+            expect.append(int(logits.argmax()))
+        assert got == expect and len(got) > 3
+        if window == 20:
+            whole = answer(model, byte_tokenizer(), trimkv.bounded_cache(model, policy="full"), list(history),
+                           replace(sampling, penalty_window=None), 16).token_ids  # fmt: skip
+            assert whole != got, "or the window would not show"
 
     def test_sampling_is_not_cut_at_the_50_best_tokens(self):
         """transformers would do so unasked; --top-p 1 --temperature 1 means the model's own distribution."""

@@ -11,3 +11,8 @@ HOPPER_BYTES = 227 * 1024  # of shared memory for one block of threads
 def much_shared_memory(x: torch.Tensor) -> bool:
     """Whether a block of threads has a Hopper's shared memory on the device of x; without a GPU there is no limit."""
     return not x.is_cuda or torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin >= HOPPER_BYTES
+
+
+def hopper(x: torch.Tensor) -> bool:
+    """Whether x is on a GPU of compute capability 9, which products_hopper.py and slots_hopper.py are written for."""
+    return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9

@@ -1,10 +1,10 @@
-"""The decode step from projections on a GPU of Hopper's kind or later, against the two operators that it is made of."""
+"""The decode step from projections on a GPU of Hopper's kind, against the two operators that it is made of."""
 
 import pytest
 import torch
 
 from linear import test_products as shared
-from trimkv import overlap
+from trimkv import device
 from trimkv.attention import slots_triton
 from trimkv.attention.reference import relative_error
 from trimkv.linear import products
@@ -14,8 +14,8 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
     pytest.mark.skipif(
-        torch.cuda.is_available() and not overlap.overlaps(torch.empty(1, device="cuda")),
-        reason="needs a GPU of compute capability 9.0 or later",
+        torch.cuda.is_available() and not device.hopper(torch.empty(1, device="cuda")),
+        reason="needs a GPU of compute capability 9",
     ),
 ]
 # Rows, query and KV heads, head dim, width of the gate, slots.

@@ -1,4 +1,4 @@
-"""The decode step over slots for Hopper and later, from a layer's projections to what its heads give, in one launch.
+"""The decode step over slots for Hopper, from a layer's projections to what its heads give, in one launch.
 
 ``products.heads`` and ``slots_triton.decode`` in one: a program owns all query heads of a KV head and a part of its
 slots. It takes its place early (overlap.py) and copies its part of the store into shared memory while the projections
@@ -20,7 +20,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.language.extra import cuda
 
-from .. import overlap
+from .. import device, overlap
 from ..linear import products_triton
 from . import slots_triton
 from .decay_triton import LOG2E, NOTHING
@@ -44,7 +44,7 @@ def serves(num_query_heads: int, k_BHCD: torch.Tensor) -> bool:
     """Whether the kernel takes such heads and such a store."""
     H, D = k_BHCD.shape[1], k_BHCD.shape[3]
     fits = D in HEAD_DIMS and num_query_heads // H <= 16 and k_BHCD.dtype.itemsize == 2
-    return fits and k_BHCD.shape[0] * H <= MOST_HEADS and overlap.overlaps(k_BHCD)
+    return fits and k_BHCD.shape[0] * H <= MOST_HEADS and device.hopper(k_BHCD)
 
 
 def parts_of(heads: int, blocks: int, x: torch.Tensor) -> int:

@@ -5,7 +5,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from ..cache.prefill import prefill
@@ -34,10 +40,18 @@ class Answer:
 
 @dataclass(frozen=True)
 class Sampling:
+    """How tokens are drawn.
+
+    Attributes:
+        penalty_window: the repetition penalty looks back no further than so many tokens before the answer: in a
+            conversation without end every word has been said. None: to the beginning, as in transformers.
+    """
+
     max_new_tokens: int
     temperature: float
     top_p: float
     repetition_penalty: float
+    penalty_window: int | None = None
 
 
 def answer(
@@ -84,6 +98,7 @@ def answer(
             attention_mask=torch.ones_like(ids),
             past_key_values=cache,
             generation_config=_config(sampling, ends, tokenizer),
+            logits_processor=_penalty(sampling, len(history)),
             stopping_criteria=StoppingCriteriaList([_Stopped(stopped)]),
             streamer=stream,
         )
@@ -108,12 +123,20 @@ def _config(sampling: Sampling, ends: tuple[int, ...], tokenizer) -> GenerationC
     return GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
         do_sample=drawn,
-        repetition_penalty=sampling.repetition_penalty,
+        repetition_penalty=1.0,  # not the model's own: see _penalty
         eos_token_id=sorted(ends) or None,
         pad_token_id=pad if pad is not None else min(ends, default=0),
         # top_k=0: only what was asked for; transformers would cut at 50
         **({"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if drawn else {}),
     )
+
+
+def _penalty(sampling: Sampling, history: int) -> LogitsProcessorList:
+    if sampling.repetition_penalty == 1:
+        return LogitsProcessorList()
+    unseen = 0 if sampling.penalty_window is None else max(history - sampling.penalty_window, 0)
+    penalty = RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty), prompt_ignore_length=unseen)
+    return LogitsProcessorList([penalty])
 
 
 class _Stopped(StoppingCriteria):

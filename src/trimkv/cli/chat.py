@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 
 import click
@@ -13,6 +14,7 @@ from .errors import UserError, one_line
 from .options import budget_options, model_options, output_options, sampling_options
 from .run import LengthWarning, Run
 
+PENALTY_WINDOW = 512  # tokens before an answer that the repetition penalty covers
 HELP = """/reset  forget everything and start anew
 /stats  what the cache holds
 /help   this list
@@ -23,7 +25,7 @@ HELP = """/reset  forget everything and start anew
 @click.option("--system", help="System message.")
 @model_options
 @budget_options
-@sampling_options(max_new_tokens=512, temperature=0.2, top_p=0.9)
+@sampling_options(max_new_tokens=512, temperature=0.2, top_p=0.9, repetition_penalty=1.1)  # small models go in circles
 @output_options
 def chat(**options):
     """Talk with a model; one bounded KV cache holds the whole conversation."""
@@ -44,7 +46,8 @@ class Chat:
         self.model, self.cache = run.start()
         o = run.options
         self.conversation = Conversation(
-            self.model, run.tokenizer, self.cache, run.sampling, run.chunk, system=o.system
+            *(self.model, run.tokenizer, self.cache, replace(run.sampling, penalty_window=PENALTY_WINDOW), run.chunk),
+            system=o.system,
         )
         self.turns: list[dict] = []
         self.length = LengthWarning(self.model, o.model)

@@ -116,7 +116,9 @@ budget_options = _all_of(
 )
 
 
-def sampling_options(max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0) -> Callable:
+def sampling_options(
+    max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0, repetition_penalty: float = 1.0
+) -> Callable:
     """How tokens are drawn; the defaults differ between commands."""
     return _all_of(
         click.option("--max-new-tokens", type=click.IntRange(min=1), default=max_new_tokens, show_default=True),
@@ -135,7 +137,7 @@ def sampling_options(max_new_tokens: int, temperature: float = 0.0, top_p: float
             "--repetition-penalty",
             type=click.FloatRange(0, 100, min_open=True),
             callback=_finite,
-            default=1.0,
+            default=repetition_penalty,
             show_default=True,
             help="Above 1 makes tokens that were already seen less likely.",
         ),

@@ -1,4 +1,4 @@
-"""``products.linear`` for Hopper and later: weights come into shared memory while the kernel before is still at work.
+"""``products.linear`` for Hopper: weights come into shared memory while the kernel before is still at work.
 
 A decode step is a chain of products, each of which needs all of what the one before it gives, but none of it for its
 weights. So a program takes its place early (overlap.py), fills a ring of blocks of its weights, and only then waits for
@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra import cuda
 
-from .. import overlap
+from .. import device, overlap
 from .products import GATED, MATRICES, SILU_LAST
 
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.7 | 3.6
@@ -40,9 +40,7 @@ LEAST_BLOCKS = 4  # of a program
 
 def serves(x: torch.Tensor, weights: list[torch.Tensor], counters: torch.Tensor | None) -> bool:
     """Whether the kernel takes this product: few rows in 16 bits, aligned for copies of 16 bytes."""
-    if x.dtype.itemsize != 2 or x.shape[0] > ROWS or x.shape[1] % 16 or not overlap.overlaps(x):
-        return False
-    if torch.cuda.get_device_capability(x.device)[0] != 9:  # warp groups multiply on Hopper only
+    if x.dtype.itemsize != 2 or x.shape[0] > ROWS or x.shape[1] % 16 or not device.hopper(x):
         return False
     tiles = sum(triton.cdiv(w.shape[0], BN) for w in weights)
     aligned = all(one.stride(0) % 16 == 0 and one.data_ptr() % 16 == 0 for one in (x, *weights))
