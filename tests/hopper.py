@@ -1,8 +1,10 @@
 """Compiling kernels for a Hopper GPU where there is none: what the interpreter cannot run can be looked at at least."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 DIVISIBLE = [["tt.divisibility", 16]]
 
@@ -30,6 +32,33 @@ def compiled(kernel, signature: dict[str, str], constants: dict, num_warps: int)
                 attributes[(i,)] = DIVISIBLE
     source = GluonASTSource(kernel, types, values, attributes)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
+
+
+class Launch:
+    """Stands in for a kernel on a machine that cannot launch it: checks that every argument has got a value."""
+
+    def __init__(self, kernel):
+        self.names, self.calls = list(kernel.arg_names), []
+
+    def __getitem__(self, grid):
+        def launch(*values, **named):
+            given = dict(zip(self.names, values, strict=False))
+            options = {name: named.pop(name) for name in ("num_warps", "launch_pdl") if name in named}
+            assert not set(given) & set(named) and len(values) <= len(self.names)
+            given |= named | {name: options[name] for name in self.names if name in options}
+            assert set(given) == set(self.names), set(given) ^ set(self.names)
+            self.calls.append((grid, given))
+
+        return launch
+
+
+def without_a_gpu(monkeypatch, module, kernel: str, multiprocessors: int = 132) -> Launch:
+    """Lets a module's launches run into a ``Launch``."""
+    launch = Launch(getattr(module, kernel))
+    monkeypatch.setattr(module, kernel, launch)
+    properties = SimpleNamespace(multi_processor_count=multiprocessors)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    return launch
 
 
 def between(ptx: str, first: str, then: str) -> list[str]:

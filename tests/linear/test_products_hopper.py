@@ -1,8 +1,11 @@
 """The products for Hopper, compiled: they cannot be interpreted, and test_products_gpu.py runs them."""
 
 import pytest
+import torch
 
 import hopper
+from linear import test_products as shared
+from trimkv.linear import products
 
 products_hopper = pytest.importorskip("trimkv.linear.products_hopper", exc_type=ImportError)
 SM_BYTES, RESERVED = 228 * 1024, 1024  # of a Hopper multiprocessor; of each of its programs
@@ -37,3 +40,31 @@ def test_two_programs_fit_on_a_multiprocessor(kind, rows):
     assert "st.global" not in before, "nothing is written before it waits"
     loop = hopper.between(ptx, "wgmma.wait_group", "wgmma.mma_async")
     assert any("bar.sync" in line for line in loop) and any("fence.proxy.async" in line for line in loop)
+
+
+@pytest.mark.parametrize(
+    ("K", "widths", "options", "grid"),
+    [
+        (2560, (4096, 1024, 1024, 512), {"activation": "silu_last", "normed": True, "biases": (3,)}, (104, 1)),
+        (4096, (2560,), {"residual": True, "norm": True}, (40, 3)),
+        (2560, (9728, 9728), {"activation": "gated", "normed": True}, (152, 1)),
+        (64, (70,), {"biases": (0,)}, (2, 1)),
+    ],
+)
+def test_a_launch_has_all_arguments_and_fills_the_device_once(monkeypatch, K, widths, options, grid):
+    launch = hopper.without_a_gpu(monkeypatch, products_hopper, "_linear_kernel")
+    given = shared.product(5, K, widths, torch.bfloat16, **options)
+    monkeypatch.setattr(products_hopper.device, "hopper", lambda x: True)
+    x = given["x"].x if isinstance(given["x"], products.Normed) else given["x"]
+    assert products_hopper.serves(x, given["weights"], None)
+    assert not products_hopper.serves(x.float(), given["weights"], None)
+    assert not products_hopper.serves(x.repeat(4, 1), given["weights"], None), "too many rows"
+    with monkeypatch.context() as context:
+        context.setattr(products, "_on_kernels", lambda x: True)
+        context.setattr(products, "_kernels", lambda: products_hopper)
+        out = products.linear(**given)
+    out = out[0] if isinstance(out, tuple) else out
+    assert out.shape == (5, widths[0] if options.get("activation") == "gated" else sum(widths))
+    [(where, values)] = launch.calls
+    assert where == grid and values["SPLITS"] == grid[1] and values["blocks"] == -(-K // values["BK"])
+    assert values["N0"] == widths[0] and (values["parts"] is None) == (grid[1] == 1)

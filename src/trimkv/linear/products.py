@@ -100,6 +100,14 @@ def linear_reference(x, weights, biases, has_bias, squares, eps, activation, res
     return y, *norm_input_reference(y, norm, width)
 
 
+def four(x, weights: list, biases: list, has_bias: list[bool]) -> tuple[list, list, list[int]]:
+    """Matrices, biases and widths for the MATRICES places of a kernel; something stands in those that it leaves out."""
+    missing, given = MATRICES - len(weights), iter(biases)
+    matrices = [*weights, *weights[-1:] * missing]
+    biases = [next(given) if has else x for has in has_bias] + [x] * missing
+    return matrices, biases, [w.shape[0] for w in weights] + [0] * missing
+
+
 def norm_input(x_BE: torch.Tensor, weight_E: torch.Tensor, eps: float) -> Normed:
     """Rows for a norm where nobody who made them has left anything."""
     return Normed(*torch.ops.trimkv.norm_input(x_BE, weight_E), eps)

@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra import cuda
 
 from .. import device, overlap
-from .products import GATED, MATRICES, SILU_LAST
+from .products import GATED, SILU_LAST, four
 
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.7 | 3.6
 ROWS = 16  # of x at most
@@ -68,10 +68,7 @@ def linear(x, weights, biases, has_bias, squares, eps, activation, residual, nor
     y = x.new_empty(rows, N)
     y_norm = x.new_empty(y.shape if norm is not None else (0,))
     y_squares = torch.empty((rows, tiles) if norm is not None else (0,), dtype=torch.float32, device=x.device)
-    matrices = [*weights, *weights[-1:] * (MATRICES - len(weights))]
-    given = iter(biases)
-    biases = [next(given) if has else x for has in has_bias] + [x] * (MATRICES - len(weights))
-    widths = [w.shape[0] for w in weights] + [0] * (MATRICES - len(weights))
+    matrices, biases, widths = four(x, weights, biases, has_bias)
     early = overlap.overlaps(x)
     with torch.cuda.device_of(x):
         _linear_kernel[(tiles, splits)](
