@@ -9,18 +9,19 @@ import torch
 DIVISIBLE = [["tt.divisibility", 16]]
 
 
-def compiled(kernel, signature: dict[str, str], constants: dict, num_warps: int):
-    """A Gluon kernel for compute capability 9.0.
+def compiled(kernel, signature: dict[str, str], constants: dict, **options):
+    """A kernel of Triton or Gluon for compute capability 9.0.
 
     Args:
-        signature: type of every argument that is no constant; pointers and what is named in ``aligned`` are multiples
-            of 16.
+        signature: type of every argument that is no constant; pointers, strides and widths (K, N...) are multiples of
+            16.
         constants: the others.
+        options: of the launch.
     """
     pytest.importorskip("triton")
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.experimental.gluon._runtime import GluonASTSource
+    from triton.compiler import ASTSource
 
     types, values, attributes = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
@@ -30,8 +31,10 @@ def compiled(kernel, signature: dict[str, str], constants: dict, num_warps: int)
             types[name] = signature[name]
             if types[name].startswith("*") or re.search("_[a-z]$|^K$|^N", name):
                 attributes[(i,)] = DIVISIBLE
-    source = GluonASTSource(kernel, types, values, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
+    source = ASTSource
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as source
+    return triton.compile(source(kernel, types, values, attributes), target=GPUTarget("cuda", 90, 32), options=options)
 
 
 class Launch:

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "overlap": set(),
     "attention": {"linear", "device", "overlap"},
     "linear": {"device", "overlap"},
-    "cache": {"attention", "linear", "budget", "ranks"},
+    "cache": {"attention", "linear", "budget", "ranks", "device"},
     "engine": {"cache", "gates", "attention", "budget", "embedded", "ranks"},
     "train": {"gates", "attention", "budget", "ranks", "texts"},
     "eval": {"engine", "cache", "gates", "budget", "texts"},

@@ -3,9 +3,21 @@
 Triton launches on the current device, which need not be the tensor's: launches stand within torch.cuda.device_of.
 """
 
+import os
+
 import torch
 
 HOPPER_BYTES = 227 * 1024  # of shared memory for one block of threads
+
+
+def runs_kernels(x: torch.Tensor) -> bool:
+    """Whether Triton kernels run on the device of x: a GPU, or any in Triton's interpreter."""
+    return x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def multiprocessors(x: torch.Tensor) -> int:
+    """How many there are on the GPU of x."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count
 
 
 def much_shared_memory(x: torch.Tensor) -> bool:

@@ -31,7 +31,7 @@ def test_it_compiles_and_fills_no_stage_that_is_read(D, G, parts, score, norm):
         **({} if norm else dict.fromkeys(("q_norm", "k_norm"))),
         **({} if parts > 1 else dict.fromkeys(x for x in SIGNATURE if x.startswith("part_"))),
     }
-    kernel = hopper.compiled(slots_hopper._decode_kernel, SIGNATURE, constants, slots_hopper.WARPS)
+    kernel = hopper.compiled(slots_hopper._decode_kernel, SIGNATURE, constants, num_warps=slots_hopper.WARPS)
     assert slots_hopper.RESIDENT * (kernel.metadata.shared + 1024) <= 228 * 1024
     ptx = kernel.asm["ptx"]
     begun = ptx[: ptx.rindex("griddepcontrol.wait")]

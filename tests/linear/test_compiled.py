@@ -2,19 +2,16 @@
 
 import pytest
 
+import hopper
 import interpreter
 
-triton = pytest.importorskip("triton")
-
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+pytest.importorskip("triton")
 
 from trimkv import device, overlap  # noqa: E402
 from trimkv.linear import products_triton  # noqa: E402
 
 pytestmark = pytest.mark.skipif(interpreter.INTERPRETED, reason="runs in the main process")
 NUMBERS = "rows K x_m w0_n w1_n w2_n w3_n N0 N1 N2 N3 N_all per num_squares".split()
-UNKNOWN = {"rows", "per", "num_squares"}  # numbers that need not be multiples of 16
 
 
 def compiled(BM: int, gated: bool, split: bool, matrices: int, early: bool):
@@ -32,18 +29,11 @@ def compiled(BM: int, gated: bool, split: bool, matrices: int, early: bool):
     sizes = {"SQUARES": 64, "BIASES": 0, "BM": BM, "BN": BN, "BK": BK}
     off = {"SILU_LAST": False, "HAS_RESIDUAL": False, "HAS_NORM": False, "residual": None, "norm": None}
     constants = {**flags, **sizes, **off, **({} if split else {"parts": None, "counters": None})}
-    kernel, signature, values, known = products_triton._linear_kernel, {}, {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name], values[i,] = "constexpr", constants[name]
-            continue
-        wide = {"squares": "*fp32", "parts": "*fp32", "y_squares": "*fp32", "counters": "*i32", "eps": "fp32"}
-        signature[name] = "i32" if name in NUMBERS else wide.get(name, "*bf16")
-        if name not in UNKNOWN and name != "eps":
-            known[i,] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, values, known)
+    kernel = products_triton._linear_kernel
+    wide = {"squares": "*fp32", "parts": "*fp32", "y_squares": "*fp32", "counters": "*i32", "eps": "fp32"}
+    signature = {name: "i32" if name in NUMBERS else wide.get(name, "*bf16") for name in kernel.arg_names}
     options = {"num_warps": num_warps, "num_stages": num_stages, **overlap.launch(early)}
-    return triton.compile(source, GPUTarget("cuda", 90, 32), options)
+    return hopper.compiled(kernel, signature, constants, **options)
 
 
 @pytest.mark.parametrize("early", [False, True])

@@ -31,7 +31,7 @@ def test_two_programs_fit_on_a_multiprocessor(kind, rows):
         **({} if splits > 1 else {"parts": None}),
         **({} if kind == "output" else NOTHING_AFTER),
     }
-    kernel = hopper.compiled(products_hopper._linear_kernel, SIGNATURE, constants, products_hopper.WARPS)
+    kernel = hopper.compiled(products_hopper._linear_kernel, SIGNATURE, constants, num_warps=products_hopper.WARPS)
     assert 2 * (kernel.metadata.shared + RESERVED) <= SM_BYTES
     ptx = kernel.asm["ptx"]
     assert ptx.count("griddepcontrol.wait") == 1 and "wgmma.mma_async" in ptx
@@ -60,7 +60,7 @@ def test_a_launch_has_all_arguments_and_fills_the_device_once(monkeypatch, K, wi
     assert not products_hopper.serves(x.float(), given["weights"], None)
     assert not products_hopper.serves(x.repeat(4, 1), given["weights"], None), "too many rows"
     with monkeypatch.context() as context:
-        context.setattr(products, "_on_kernels", lambda x: True)
+        context.setattr(products.device, "runs_kernels", lambda x: True)
         context.setattr(products, "_kernels", lambda: products_hopper)
         out = products.linear(**given)
     out = out[0] if isinstance(out, tuple) else out

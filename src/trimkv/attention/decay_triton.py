@@ -12,8 +12,6 @@ Names in kernels: BM queries from i0, BN keys in a block; BD the head dim as a p
 j the indices of queries and keys; lb log2(beta); x logits.
 """
 
-import os
-
 import torch
 import triton
 import triton.language as tl
@@ -35,7 +33,7 @@ def unsupported(q: torch.Tensor, v: torch.Tensor, variant: str) -> str | None:
         return f"the Triton kernels take fp32, bf16 and fp16, not {q.dtype}"
     if q.shape[-1] > 256 or v.shape[-1] != q.shape[-1]:
         return f"the Triton kernels need one head dim of at most 256, not {q.shape[-1]} and {v.shape[-1]}"
-    if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+    if not device.runs_kernels(q):
         return "the Triton kernels need CUDA tensors (or TRITON_INTERPRET=1)"
     return None
 

@@ -12,9 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
+from .. import device
 from . import slots
 from .decay_triton import _strides
-from .slots_triton import _dense, _on_kernels, _pad, _worth
+from .slots_triton import _dense, _pad, _worth
 
 MOST = 8192  # candidates that one program looks at
 LOWEST, HALF = tl.constexpr(-(2**63)), tl.constexpr(2**62)
@@ -51,7 +52,7 @@ def keep(
     assert score in ("retention", "position"), score
     assert (log_beta_BHC is None) == (log_beta_new_BHT is None) == (score != "retention")
     given = k_new_BHTD, v_new_BHTD, new_position_BT, k_BHCD, v_BHCD, position_BHC, now_B, log_beta_new_BHT, log_beta_BHC
-    (_keep_triton if _on_kernels(k_BHCD) else keep_reference)(*given, score, sinks, recent, offset)
+    (_keep_triton if device.runs_kernels(k_BHCD) else keep_reference)(*given, score, sinks, recent, offset)
 
 
 def possible(slots: int, tokens: int) -> bool:

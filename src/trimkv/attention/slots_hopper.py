@@ -49,7 +49,7 @@ def serves(num_query_heads: int, k_BHCD: torch.Tensor) -> bool:
 
 def parts_of(heads: int, blocks: int, x: torch.Tensor) -> int:
     """Programs per head: not more than there is room for at once."""
-    wanted = max(1, min(RESIDENT * _places(x) // heads, blocks, MAX_PARTS))
+    wanted = max(1, min(RESIDENT * device.multiprocessors(x) // heads, blocks, MAX_PARTS))
     return triton.cdiv(blocks, triton.cdiv(blocks, wanted))  # none without a block
 
 
@@ -87,7 +87,7 @@ def decode(
     betas = position_BHC if log_beta_BHC is None else log_beta_BHC
     early = overlap.overlaps(qkv_BN)
     with torch.cuda.device_of(qkv_BN):
-        _decode_kernel[(max(B * H * parts, _places(qkv_BN)),)](
+        _decode_kernel[(max(B * H * parts, device.multiprocessors(qkv_BN)),)](
             *(qkv_BN, cos_BD, sin_BD, q_norm_D, k_norm_D, weight, bias, k_BHCD, v_BHCD, position_BHC, log_beta_BHC),
             *(slot_BH, now_B, out, next_slot_BH, *each, counters),
             *(qkv_BN.stride(0), cos_BD.stride(0), sin_BD.stride(0), *k_BHCD.stride()[:3], *v_BHCD.stride()[:3]),
@@ -109,10 +109,6 @@ def decode(
             **overlap.launch(early),
         )
     return out
-
-
-def _places(x: torch.Tensor) -> int:
-    return torch.cuda.get_device_properties(x.device).multi_processor_count
 
 
 @gluon.jit

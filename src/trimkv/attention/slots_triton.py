@@ -19,7 +19,6 @@ query rows in a block, BG the group and BD the head dim as powers of two; i, j t
 logits; top and total a running softmax.
 """
 
-import os
 from typing import NamedTuple
 
 import torch
@@ -75,7 +74,7 @@ def unsupported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None
         return f"the Triton kernels need one dtype, not {q.dtype}, {k.dtype} and {v.dtype}"
     if q.shape[-1] > 256 or not q.shape[-1] == k.shape[-1] == v.shape[-1]:
         return f"the Triton kernels need one head dim of at most 256, not {k.shape[-1]} and {v.shape[-1]}"
-    if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+    if not device.runs_kernels(q):
         return "the Triton kernels need CUDA tensors (or TRITON_INTERPRET=1)"
     return None
 
@@ -272,10 +271,6 @@ def _chunk_outputs(q, lse):
     return out, torch.empty((B, Q, T) if lse else (0,), dtype=torch.float32, device=q.device)
 
 
-def _on_kernels(x: torch.Tensor) -> bool:
-    return x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
-
-
 DECODE_SCHEMA = (
     "(Tensor q, Tensor k_new, Tensor v_new, Tensor(a!) k, Tensor(b!) v, Tensor(c!) position, Tensor slot, Tensor now, "
     "float scaling, Tensor? log_beta_new, Tensor(d!)? log_beta, float? softcap, Tensor? s_aux, str score, int sinks, "
@@ -292,7 +287,7 @@ STORE = ("k", "v", "position", "log_beta")
 
 @torch.library.custom_op("trimkv::decode_slots", mutates_args=(*STORE, "next_slot", "counters"), schema=DECODE_SCHEMA)
 def _decode_op(*args):
-    return tuple((_decode_triton if _on_kernels(args[0]) else decode_reference)(*args))
+    return tuple((_decode_triton if device.runs_kernels(args[0]) else decode_reference)(*args))
 
 
 @_decode_op.register_fake
@@ -305,7 +300,7 @@ def _decode_fake(
 
 @torch.library.custom_op("trimkv::attend_chunk", mutates_args=(), schema=CHUNK_SCHEMA)
 def _chunk_op(*args):
-    return (_chunk_triton if _on_kernels(args[0]) else attend_chunk_reference)(*args)
+    return (_chunk_triton if device.runs_kernels(args[0]) else attend_chunk_reference)(*args)
 
 
 @_chunk_op.register_fake
@@ -441,7 +436,7 @@ def _splits(heads: int, blocks: int, x: torch.Tensor, resident: int) -> int:
     """Programs per head, so that their waves over the device are nearly full: the fewest within 15 % of the best."""
     if not x.is_cuda:
         return 1
-    places = resident * torch.cuda.get_device_properties(x.device).multi_processor_count
+    places = resident * device.multiprocessors(x)
     efficiency = {}
     for splits in range(1, min(blocks, MAX_SPLITS) + 1):
         longest = triton.cdiv(blocks, splits)

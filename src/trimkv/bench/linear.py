@@ -134,7 +134,7 @@ def _sweep(one_of: list, name: str, rows: int, where: dict, o: Options, bandwidt
     K, BM = weights[0].shape[1], products_triton.plan(weights[0][:rows], weights, activation).BM
     key = sum(w.shape[0] for w in weights), K, BM
     before, seen = products_triton.TUNED.pop(key, None), set()
-    multiprocessors = torch.cuda.get_device_properties(weights[0].device).multi_processor_count
+    multiprocessors = devices.multiprocessors(weights[0])
     try:
         for (BN, BK, warps, stages), programs in itertools.product(BLOCKS, PROGRAMS):
             gated = activation == products.GATED

@@ -5,12 +5,12 @@ A stock decoder spends some twenty launches on that, each longer on its way than
 Shapes: B rows, L layers, H KV heads, D head dim, E hidden size, V vocabulary.
 """
 
-import os
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from .. import device
 from ..linear.products import Normed, norm_input_reference
 
 TOLERANCE = 1e-2  # of rotations, in bf16
@@ -108,7 +108,7 @@ SCHEMA = (
 
 @torch.library.custom_op("trimkv::begin_step", mutates_args=("seen",), schema=SCHEMA)
 def _begin_op(*args):
-    if args[0].is_cuda or os.environ.get("TRITON_INTERPRET") == "1":
+    if device.runs_kernels(args[0]):
         from .beginning_triton import begin
 
         return begin(*args)

@@ -1,10 +1,11 @@
 """Which decode steps the fused kernels take over. They are imported only where they can run."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+from .. import device
 
 _off = False
 
@@ -22,7 +23,7 @@ def plain_torch() -> Iterator[None]:
 
 def kernels(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
     """The module of fused kernels if it can serve such tensors, else None: then it is plain torch."""
-    if _off or not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+    if _off or not device.runs_kernels(q):
         return None
     try:
         from ..attention import slots_triton

@@ -11,11 +11,12 @@ fp16 a row times the norm's weight must stay below 65,504.
 Shapes: B rows, E inputs, N outputs, H KV heads, Q query heads, D head dim, I width of a gate.
 """
 
-import os
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+from .. import device
 
 PLAIN, GATED, SILU_LAST = "plain", "gated", "silu_last"
 ACTIVATIONS = (PLAIN, GATED, SILU_LAST)
@@ -41,7 +42,7 @@ def unsupported(x: torch.Tensor) -> str | None:
     """Why the kernels cannot serve a tensor, or None."""
     if x.dtype not in DTYPES:
         return f"the Triton kernels take fp32, bf16 and fp16, not {x.dtype}"
-    if not _on_kernels(x):
+    if not device.runs_kernels(x):
         return "the Triton kernels need CUDA tensors (or TRITON_INTERPRET=1)"
     return None
 
@@ -170,10 +171,6 @@ def heads_reference(qkv, Q, H, D, cos, sin, q_norm, k_norm, eps, weight, bias) -
     return x.to(qkv.dtype), log_beta
 
 
-def _on_kernels(x: torch.Tensor) -> bool:
-    return x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
-
-
 def _kernels():
     from . import products_triton
 
@@ -192,13 +189,13 @@ HEADS_SCHEMA = (
 
 @torch.library.custom_op("trimkv::skinny_linear", mutates_args=("counters",), schema=LINEAR_SCHEMA)
 def _linear_op(*args):
-    return _kernels().linear(*args) if _on_kernels(args[0]) else linear_reference(*args)
+    return _kernels().linear(*args) if device.runs_kernels(args[0]) else linear_reference(*args)
 
 
 @_linear_op.register_fake
 def _linear_fake(x, weights, biases, has_bias, squares, eps, activation, residual, norm, counters):
     N = weights[0].shape[0] if activation == GATED else sum(w.shape[0] for w in weights)
-    width = _kernels().plan(x, weights, activation).BN if _on_kernels(x) else N
+    width = _kernels().plan(x, weights, activation).BN if device.runs_kernels(x) else N
     sums = (x.shape[0], -(-N // width)) if norm is not None else (0,)
     y = x.new_empty(x.shape[0], N)
     return y, x.new_empty(y.shape if norm is not None else (0,)), x.new_empty(sums, dtype=torch.float32)
@@ -206,7 +203,7 @@ def _linear_fake(x, weights, biases, has_bias, squares, eps, activation, residua
 
 @torch.library.custom_op("trimkv::norm_input", mutates_args=(), schema="(Tensor x, Tensor weight) -> (Tensor, Tensor)")
 def _norm_input_op(x, weight):
-    return _kernels().norm_input(x, weight) if _on_kernels(x) else norm_input_reference(x, weight)
+    return _kernels().norm_input(x, weight) if device.runs_kernels(x) else norm_input_reference(x, weight)
 
 
 @_norm_input_op.register_fake
@@ -216,7 +213,7 @@ def _norm_input_fake(x, weight):
 
 @torch.library.custom_op("trimkv::skinny_heads", mutates_args=(), schema=HEADS_SCHEMA)
 def _heads_op(*args):
-    return (_kernels().heads if _on_kernels(args[0]) else heads_reference)(*args)
+    return (_kernels().heads if device.runs_kernels(args[0]) else heads_reference)(*args)
 
 
 @_heads_op.register_fake

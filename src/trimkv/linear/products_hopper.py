@@ -58,7 +58,7 @@ def linear(x, weights, biases, has_bias, squares, eps, activation, residual, nor
     outputs = weights[:1] if gated else weights
     N, tiles = sum(w.shape[0] for w in outputs), sum(triton.cdiv(w.shape[0], BN) for w in outputs)
     blocks = triton.cdiv(K, BK)
-    programs = torch.cuda.get_device_properties(x.device).multi_processor_count
+    programs = device.multiprocessors(x)
     splits = max(1, min(programs // tiles, blocks // LEAST_BLOCKS))
     parts = None
     if splits > 1:

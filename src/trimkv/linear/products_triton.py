@@ -63,13 +63,10 @@ def plan(x: torch.Tensor, weights: list[torch.Tensor], activation: str) -> Plan:
     BN, BK, num_warps, num_stages = table[BM]
     blocks = triton.cdiv(K, BK)
     tiles = _tiles(weights, BN, gated) * triton.cdiv(rows, BM)
-    wanted = PROGRAMS * _multiprocessors(x) / tiles
+    multiprocessors = device.multiprocessors(x) if x.is_cuda else 1
+    wanted = PROGRAMS * multiprocessors / tiles
     splits = max(1, min(int(wanted), blocks // LEAST_BLOCKS))  # one wave: a few programs more would be another
     return Plan(BM, BN, BK, triton.cdiv(blocks, triton.cdiv(blocks, splits)), num_warps, num_stages)
-
-
-def _multiprocessors(x: torch.Tensor) -> int:
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
 
 
 def _tiles(weights, BN: int, gated: bool) -> int:
