@@ -6,7 +6,7 @@ import torch
 import interpreter
 from trimkv.engine.request import DRAWN, GREEDY, KINDS, LIMITED, Request, SamplingParams
 from trimkv.engine.rows import Rows
-from trimkv.engine.sampling import choose
+from trimkv.engine.sampling import adjusted, choose, lowest_kept
 
 pytest.importorskip("triton")
 DEVICES = [
@@ -71,6 +71,42 @@ def test_ends(kind, device):
     got = compare(logits, many, kind)
     assert not got.active[[1, 3, 4, 5]].any()
     assert got.seen[0, 5] and not got.seen[0, 2100]
+
+
+LIMITS = ((1, 1.0), (20, 0.95), (40, 1.0), (1024, 0.5), (0, 0.9), (0, 0.05), (0, 0.9999), (1000, 0.999), (0, 1.0))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("logits", ["normal", "coarse", "flat", "clustered", "masked"])
+@pytest.mark.parametrize("vocabulary", [3, 50, 5003, 20_000, 151_936])
+def test_the_lowest_token_that_may_be_drawn(logits, vocabulary, device):
+    """Of every kind of limit. "coarse" has ties, of "flat" all reach the bound, of "clustered" the best are neighbours."""
+    from trimkv.engine.limits_triton import adjusted_and_lowest
+
+    if device == "cpu" and (vocabulary > 20_000 or (logits == "flat" and vocabulary > 5003)):
+        return  # minutes of an interpreter
+    many = [SamplingParams(9, temperature=0.7, top_k=k, top_p=p, repetition_penalty=1.2) for k, p in LIMITS]
+    rows = rows_of([*many, SamplingParams(9)], vocabulary, device)
+    x = {
+        "normal": lambda: 3 * torch.randn(len(many) + 1, vocabulary),
+        "coarse": lambda: (2 * torch.randn(len(many) + 1, vocabulary)).round() / 2,
+        "flat": lambda: torch.full((len(many) + 1, vocabulary), 1.5),
+        "clustered": lambda: torch.linspace(9, -9, vocabulary).expand(len(many) + 1, -1).contiguous(),
+        "masked": lambda: torch.randn(len(many) + 1, vocabulary).masked_fill(torch.arange(vocabulary) > 30, -torch.inf),
+    }[logits]()
+    x = x.to(device)
+    got, lowest = adjusted_and_lowest(x, rows)
+    expect = adjusted(x, rows)
+    assert torch.equal(got, expect)
+    truth = lowest_kept(expect, rows.top_k, rows.top_p)
+    for i, limit in enumerate((*LIMITS, None)):
+        kept, wanted = expect[i] >= lowest[i], expect[i] >= truth[i]
+        if limit is None:
+            assert kept.all(), "a greedy row has no limits"
+        elif not torch.equal(kept, wanted):
+            # At the very edge of a nucleus sums that are rounded otherwise may tell one token from another.
+            p, mass = limit[1], expect[i].softmax(-1)[kept].sum()
+            assert (kept != wanted).sum() <= 1 and limit[0] == 0 and abs(mass - p) < 1e-4, (limit, kept.sum())
 
 
 @pytest.mark.parametrize("device", DEVICES)

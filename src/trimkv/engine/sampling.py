@@ -71,7 +71,7 @@ def lowest_kept(x_BV: torch.Tensor, top_k_B: torch.Tensor, top_p_B: torch.Tensor
     among = top.masked_fill(~within, float("-inf")).logsumexp(-1, keepdim=True)
     share = (top - torch.where(limited, among, x_BV.logsumexp(-1, keepdim=True))).exp()
     before = share.cumsum(-1) - share  # probability of the tokens ranked higher
-    kept = (within | ~limited) & (before < top_p_B[:, None])
+    kept = (within | ~limited) & ((before < top_p_B[:, None]) | (top_p_B >= 1)[:, None])
     lowest = top.masked_fill(~kept, float("inf")).amin(-1)
     return lowest.masked_fill((top_k_B == 0) & (top_p_B >= 1), float("-inf"))
 

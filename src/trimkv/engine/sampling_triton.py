@@ -1,4 +1,4 @@
-"""The end of a step in two launches: the token of each row is chosen and taken in.
+"""The end of a step in two launches, or four with top-k and top-p: the token of each row is chosen and taken in.
 
 What ``sampling.choose`` and ``Rows.advance`` do in forty small launches, which is a good part of a layer. The first
 kernel looks at a block of a row's logits, the second joins a row's blocks and ends the row where its last token came.
@@ -8,9 +8,10 @@ import torch
 import triton
 import triton.language as tl
 
+from .limits_triton import adjust, adjusted_and_lowest
 from .request import DRAWN, ERROR, GREEDY, LENGTH, LIMITED, RUNNING, STOP
 from .rows import NO_ID, Rows
-from .sampling import MIX32, MIX64, ODD, adjusted, lowest_kept
+from .sampling import MIX32, MIX64, ODD
 
 BLOCK = 2048  # logits that a program looks at
 NONE = tl.constexpr(NO_ID)
@@ -25,8 +26,7 @@ def choose_and_advance(logits_BV: torch.Tensor, rows: Rows, kind: str) -> None:
     (B, V), device = logits_BV.shape, logits_BV.device
     x, lowest = logits_BV, None
     if kind == LIMITED:
-        x = adjusted(logits_BV, rows)
-        lowest = lowest_kept(x, rows.top_k, rows.top_p)
+        x, lowest = adjusted_and_lowest(logits_BV, rows)
     assert x.stride(1) == 1 and rows.seen.stride(1) == rows.stops.stride(1) == rows.report.stride(1) == 1
     blocks = triton.cdiv(V, BLOCK)
     best = torch.empty(B, blocks, dtype=torch.float32, device=device)
@@ -86,11 +86,8 @@ def _best_kernel(
     if KIND != IS_GREEDY:
         warmth = tl.load(temperature + row)
         if KIND == IS_DRAWN:
-            factor = tl.load(penalty + row)
             occurred = tl.load(seen + row * seen_b + i, mask=inside, other=0) != 0
-            punished = tl.where(value > 0, tl.math.div_rn(value, factor + tl.zeros_like(value)), value * factor)
-            value = tl.where(occurred, punished, value)
-            value = tl.math.div_rn(value, tl.where(warmth > 0, warmth, 1.0) + tl.zeros_like(value))
+            value = adjust(value, occurred, tl.load(penalty + row), warmth)
         drawn = value
         if KIND == IS_LIMITED:
             drawn = tl.where(value < tl.load(lowest + row), float("-inf"), value)
