@@ -1,8 +1,11 @@
-"""The gates that ship for smollm2: decayed attention first, then soft eviction at drawn budgets, then on longer texts.
+"""The gates that ship for smollm2: decayed attention first, then soft eviction at drawn budgets, then on longer texts,
+then with more slots for some layers than for others.
 
     python recipes/smollm2.py prepare --source DATA --output texts     # novels, GSM8K and MATH -> training texts
     python recipes/smollm2.py answer --data texts                      # the model answers prompts made of them
-    python recipes/smollm2.py train --data texts --output gates        # all stages on one GPU: 8 minutes
+    python recipes/smollm2.py train --data texts --output gates        # all stages on one GPU: quarter of an hour
+    python recipes/smollm2.py train --data texts --output gates --only shared --gates gates/longer      # the last one
+    python recipes/smollm2.py shares --data texts --gates gates/longer # what each layer should have, no training
 
 DATA holds novels/train.jsonl.gz (public-domain novels, records with author and text), gsm8k/train.jsonl.gz (GSM8K's
 training set) and math/math_test_minus_math500.jsonl.gz (MATH problems with solutions, none of MATH-500). Nothing that
@@ -21,6 +24,7 @@ from trimkv.train.data import PackedTexts, Source
 
 HELD_OUT_AUTHORS = ("Ward", "Wcollins", "Woolf")
 SHARED = {"batch_size": 8, "intermediate_size": 160, "checkpointing": False, "cuda_graph": True, "compile": True}
+MEASURED_AT, GOOD_FOR = (48, 128, 320, 800), (64, 128, 256, 512)  # slots per head
 ASK = (
     "Continue the story:\n\n{}",
     "Here is a passage from a novel.\n\n{}\n\nWhat happens next?",
@@ -84,7 +88,13 @@ def longer() -> GateConfig:
     )
 
 
-STAGES = {"decay": decay, "eviction": eviction, "longer": longer}
+def shared() -> GateConfig:
+    """Fourth stage: layers have what ``measure_shares`` gives them, and texts are of 8,192 tokens."""
+    return replace(longer(), context=8192, batch_size=2, steps=500, temperatures=(0.1, 0.02), seed=5)
+
+
+STAGES = {"decay": decay, "eviction": eviction, "longer": longer, "shared": shared}
+SHARED_STAGE = "shared"  # before it layers get their shares
 
 
 def sources(folder: Path) -> list[Source]:
@@ -98,11 +108,47 @@ def sources(folder: Path) -> list[Source]:
     ]
 
 
-def train_all(data: Path, output: Path, model_name: str = "smollm2", steps: list[int] | None = None) -> None:
-    """Trains the stages one after the other and writes output/decay, output/eviction and output/longer.
+def measure_shares(
+    data: Path, gates, model_name: str = "smollm2", windows: int = 4, context: int = 4096
+) -> list[float]:
+    """What share of the budget each layer should have with these gates, by the beginnings of some training novels."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import trimkv
+    from trimkv import embedded
+    from trimkv.eval.layer_shares import layer_costs, share_out
+    from trimkv.texts import file_windows
+
+    place = embedded.resolve(model_name)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).to(device)
+    model.config._name_or_path = "smollm2"
+    trimkv.attach(model, gates)
+    ids = list(file_windows([data / "novels.jsonl.gz"], AutoTokenizer.from_pretrained(place), context, windows))
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")  # a single layer's cost may be a millionth of a nat
+    costs = layer_costs(model, torch.tensor(ids), MEASURED_AT)
+    torch.set_float32_matmul_precision(precision)
+    shares = share_out(costs, MEASURED_AT, GOOD_FOR)
+    print(json.dumps({"layer_shares": shares, "costs": costs.tolist()}), flush=True)
+    return shares
+
+
+def train_all(
+    data: Path,
+    output: Path,
+    model_name: str = "smollm2",
+    steps: list[int] | None = None,
+    only: str | None = None,
+    gates: Path | None = None,
+) -> None:
+    """Trains the stages one after the other and writes output/NAME for each.
 
     Args:
         steps: of each stage, in place of its own.
+        only: the one stage to train.
+        gates: to start from; None starts with new ones.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -120,9 +166,13 @@ def train_all(data: Path, output: Path, model_name: str = "smollm2", steps: list
     meta = {"data": texts}
     meta |= {"base_model": "smollm2", "base_sha256": embedded.weights_sha256()}
     torch.set_float32_matmul_precision("high")  # the gates are fp32
-    gates, shown = None, printer(30, ("kl", "capacity", "occupancy", "grad_norm"))
+    gates, shown = gates and load_gates(gates), printer(30, ("kl", "capacity", "occupancy", "grad_norm"))
     for i, (name, stage) in enumerate(STAGES.items()):
+        if only not in (None, name):
+            continue
         config = replace(stage(), steps=steps[i]) if steps else stage()
+        if name == SHARED_STAGE:
+            gates.meta["layer_shares"] = measure_shares(data, gates, model_name)
         dataset = PackedTexts(
             sources(data),
             tokenizer,
@@ -243,9 +293,13 @@ def main():
     one.add_argument("--source", type=Path, required=True)
     three = commands.add_parser("answer")
     two = commands.add_parser("train")
-    for command in (two, three):
+    four = commands.add_parser("shares")
+    four.add_argument("--gates", type=Path, required=True, help="folder; its gates.json is written anew")
+    for command in (two, three, four):
         command.add_argument("--data", type=Path, required=True)
         command.add_argument("--model", default="smollm2", help="alias or folder")
+    two.add_argument("--only", choices=STAGES, help="train this stage and no other")
+    two.add_argument("--gates", type=Path, help="folder with gates to start from")
     two.add_argument("--steps", type=int, nargs=len(STAGES), help="of each stage")
     for command in (one, two):
         command.add_argument("--output", type=Path, required=True)
@@ -256,7 +310,13 @@ def main():
     if args.command == "answer":
         answer(args.data, args.model)
         return
-    train_all(args.data, args.output, args.model, args.steps)
+    if args.command == "shares":
+        from trimkv.gates.files import load_gates, save_gates
+
+        gates = load_gates(args.gates)
+        save_gates(gates, args.gates, layer_shares=measure_shares(args.data, gates, args.model))
+        return
+    train_all(args.data, args.output, args.model, args.steps, args.only, args.gates)
 
 
 if __name__ == "__main__":

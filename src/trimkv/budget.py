@@ -1,8 +1,10 @@
 """How many tokens a KV head may hold, and what that costs in bytes."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 SCOPES = ("head", "layer", "global")
+SPLITS = ("trained", "even")
 
 
 @dataclass(frozen=True)
@@ -10,7 +12,8 @@ class Budget:
     """The number of tokens that each KV head may attend to.
 
     Args:
-        tokens: M, the number of slots per KV head. With ``buffer=0`` no decode step ever attends to more.
+        tokens: M, the number of slots per KV head. With ``buffer=0`` no decode step ever attends to more. A mean
+            where heads or layers share, see ``scope`` and ``split``.
         buffer: W, tokens allowed above M before an eviction pass brings a head back to M. A decode step then attends
             to at most M + W tokens. 0 evicts one token at every step, before attention.
         sinks: the first tokens of a sequence that are never evicted (StreamingLLM, arXiv 2309.17453).
@@ -23,6 +26,9 @@ class Budget:
         ceiling: no head that shares holds more than this many times M.
         threshold: where heads share, tokens that score less than log(threshold) go even where there is room; for
             TRIM-KV that is beta^age < threshold. 0 lets them stay. Not together with a floor, as published.
+        split: "trained" gives a layer more or fewer than M where the policy's trained gates say how much of the budget
+            it should have: M is then the mean over the layers, and their sum what it would be without. "even" gives
+            every layer M. For scope "global" it is all the same.
 
     Raises:
         ValueError: with a one-line message that says what to change.
@@ -36,6 +42,7 @@ class Budget:
     floor: float = 0.0
     ceiling: float = 4.0
     threshold: float = 0.0
+    split: str = "trained"
 
     def __post_init__(self):
         for name in ("tokens", "buffer", "sinks", "recent"):
@@ -54,6 +61,8 @@ class Budget:
             )
         if self.scope not in SCOPES:
             raise ValueError(f"budget: scope must be one of {', '.join(SCOPES)}, got {self.scope!r}")
+        if self.split not in SPLITS:
+            raise ValueError(f"budget: split must be one of {', '.join(SPLITS)}, got {self.split!r}")
         if not 0 <= self.floor <= 1:
             raise ValueError(f"budget: floor must be a share between 0 and 1, got {self.floor!r}")
         if not 1 <= self.ceiling < float("inf"):
@@ -86,6 +95,30 @@ class Budget:
     def slots(self) -> int:
         """Slots allocated per KV head: M + W."""
         return self.tokens + self.buffer
+
+    def layers(self, shares: Sequence[float] | None, sinks: int = 0) -> "list[Budget]":
+        """The budgets of layers that have these shares of all slots: together exactly as many as without.
+
+        What is never evicted is every layer's; the rest is shared out, and each layer has at least one slot of it.
+
+        Args:
+            shares: one number > 0 per layer; only their ratios count. None is an even split, of any number of layers.
+            sinks: a policy's own, where they are more than the budget's.
+
+        Returns:
+            One Budget per layer; without shares, this one alone.
+        """
+        if shares is None or self.split == "even" or self.scope == "global":
+            return [self]
+        fixed = max(self.sinks, sinks) + self.recent
+        free = (self.tokens - fixed) * len(shares)
+        wished = [free * share / sum(shares) for share in shares]
+        given = [max(1, int(wish)) for wish in wished]
+        while sum(given) != free:  # largest remainders first
+            step = 1 if sum(given) < free else -1
+            able = [i for i in range(len(given)) if given[i] + step >= 1]
+            given[max(able, key=lambda i: step * (wished[i] - given[i]))] += step
+        return [replace(self, tokens=fixed + number) for number in given]
 
     @classmethod
     def of(cls, value: "int | Budget") -> "Budget":

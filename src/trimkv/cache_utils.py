@@ -72,7 +72,8 @@ class TrimKVCache(BoundedCache):
         buffer = _first(self.buffer_size, getattr(config, "buffer_size", None), 1)
         strategy = check_strategy(_first(self.strategy, getattr(config, "compress_strategy", None), "alpha"))
         # A buffer of 1 is the smallest that lets a step attend before it evicts.
-        budget = Budget(memory, buffer=1 if buffer == 0 else buffer, recent=self.sliding_window_size)
+        settled = {"recent": self.sliding_window_size, "split": "even"}
+        budget = Budget(memory, buffer=1 if buffer == 0 else buffer, **settled)
         return make("trimkv", strategy=strategy, distance="reference"), budget
 
 

@@ -107,7 +107,7 @@ def consistent(pool):
 def run_layers(scope, budget, forwards, pads, group, L=2, H=3, D=4, seed=0, chunk=8, check_every=7):
     g = torch.Generator().manual_seed(seed)
     B, total = len(pads), sum(forwards)
-    layers = list(shared_layers(make("trimkv"), budget, chunk, list(range(L))).values())
+    layers = list(shared_layers(make("trimkv"), dict.fromkeys(range(L), budget), chunk).values())
     k, v = (torch.randn(L, B, H, total, D, generator=g) for _ in range(2))
     q = torch.randn(L, B, H * group, total, D, generator=g)
     # Heads of unlike retention, and ties within heads and between them.
@@ -216,7 +216,7 @@ def test_the_layer_scope_works_long_forwards_off_in_chunks():
     found = []
     for forwards in ([29, 1, 1], [8, 8, 8, 5, 1, 1]):
         g = torch.Generator().manual_seed(1)
-        (layer,) = shared_layers(make("trimkv"), Budget(6, scope="layer"), 8, [0]).values()
+        (layer,) = shared_layers(make("trimkv"), {0: Budget(6, scope="layer")}, 8).values()
         x, log_beta, start = torch.randn(2, 2, 31, 4, generator=g), -torch.rand(2, 2, 31, generator=g), 0
         for n in forwards:
             part = slice(start, start + n)
@@ -363,7 +363,7 @@ class NoReading(TorchDispatchMode):
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("options", [{}, {"floor": 0.5}, {"ceiling": 1.5, "sinks": 1, "threshold": 0.3}], ids=str)
 def test_a_decode_step_reads_nothing_back(scope, options):
-    layers = list(shared_layers(make("trimkv"), Budget(6, scope=scope, **options), 8, [0, 1]).values())
+    layers = list(shared_layers(make("trimkv"), dict.fromkeys((0, 1), Budget(6, scope=scope, **options)), 8).values())
     x = torch.randn(2, 2, 40, 4)
     for start, stop in [(0, 8), (8, 16), *((t, t + 1) for t in range(16, 40))]:
         for layer in layers:
@@ -509,7 +509,7 @@ def test_what_cannot_be_done_says_so(model):
 
 def test_layers_of_unlike_heads_cannot_share():
     for heads, dim in ((3, 4), (2, 8)):
-        first, second = shared_layers(make("trimkv"), Budget(8, scope="global"), 8, [0, 1]).values()
+        first, second = shared_layers(make("trimkv"), dict.fromkeys((0, 1), Budget(8, scope="global")), 8).values()
         x = torch.zeros(1, 2, 1, 4)
         first.update(x, x)
         with pytest.raises(ValueError, match="same heads in all layers; use scope layer"):

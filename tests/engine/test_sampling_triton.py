@@ -80,7 +80,7 @@ LIMITS = ((1, 1.0), (20, 0.95), (40, 1.0), (1024, 0.5), (0, 0.9), (0, 0.05), (0,
 @pytest.mark.parametrize("logits", ["normal", "coarse", "flat", "clustered", "masked"])
 @pytest.mark.parametrize("vocabulary", [3, 50, 5003, 20_000, 151_936])
 def test_the_lowest_token_that_may_be_drawn(logits, vocabulary, device):
-    """Of every kind of limit. "coarse" has ties, of "flat" all reach the bound, of "clustered" the best are neighbours."""
+    """Of every kind of limit. "coarse" has ties, of "flat" all reach the bound, "clustered" are the best together."""
     from trimkv.engine.limits_triton import adjusted_and_lowest
 
     if device == "cpu" and (vocabulary > 20_000 or (logits == "flat" and vocabulary > 5003)):

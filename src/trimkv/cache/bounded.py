@@ -106,6 +106,12 @@ class BoundedCache(Cache):
         return max((int(store.held.max()) for store in self.stores), default=0)
 
     @property
+    def mean_held_tokens(self) -> float:
+        """Tokens that a KV head holds now, on average over rows and heads. Waits for the device."""
+        held = [store.held for store in self.stores]
+        return sum(float(tokens.sum()) for tokens in held) / max(sum(tokens.numel() for tokens in held), 1)
+
+    @property
     def peak_prefill_tokens(self) -> int:
         """The most tokens per head that a forward of several tokens has attended to: at most M (+ W) + chunk, where
         heads do not share a budget. Waits for the device where they do."""
@@ -119,8 +125,12 @@ class BoundedCache(Cache):
 
     @property
     def peak_mean_tokens(self) -> float:
-        """As ``peak_decode_tokens``, but the mean over the heads that share a budget: at most M."""
-        return float(max((layer.peak_mean_tokens for layer in self.slot_layers), default=0))
+        """As ``peak_decode_tokens``, but the mean over all heads that share a budget, or have shares of one: at most M
+        (+ W)."""
+        found = [float(layer.peak_mean_tokens) for layer in self.slot_layers]
+        if any(layer.budget.scope == "global" for layer in self.slot_layers):  # the last layer speaks for all
+            return max(found)
+        return sum(found) / len(found) if found else 0.0
 
     @property
     def peak_tokens(self) -> int:

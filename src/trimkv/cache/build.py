@@ -109,10 +109,12 @@ def make_layers(model, policy: Policy, budget: Budget, chunk: int | None) -> lis
             )
     policy = policy.fitted({i: modules[i] for i in slot_layers})
     turns = {i: rotation_of(model, modules[i]) for i in slot_layers} if "rotation" in policy.needs else {}
+    budgets = budget.layers(policy.shares({i: modules[i] for i in slot_layers}), policy.sinks)
+    budgets = dict(zip(slot_layers, budgets * len(slot_layers) if len(budgets) == 1 else budgets, strict=False))
     if budget.shared and policy.bounded:
-        slots = shared_layers(policy, budget, chunk, slot_layers)
+        slots = shared_layers(policy, budgets, chunk)
     else:
-        slots = {i: BoundedLayer(policy, budget, chunk, i, turns.get(i), parts[i]) for i in slot_layers}
+        slots = {i: BoundedLayer(policy, budgets[i], chunk, i, turns.get(i), parts[i]) for i in slot_layers}
     return [slots[i] if i in slots else DYNAMIC_LAYER_TYPE_MAPPING[kind](**options) for i, kind in enumerate(types)]
 
 
@@ -135,12 +137,13 @@ def _check_parts(parts: dict[int, Part], policy: Policy, budget: Budget) -> None
         )
 
 
-def shared_layers(policy: Policy, budget: Budget, chunk: int | None, numbers: list[int]) -> dict[int, SharedLayer]:
+def shared_layers(policy: Policy, budgets: dict[int, Budget], chunk: int | None) -> dict[int, SharedLayer]:
     """Layers by number, in the order of the forward pass, whose heads share a budget by layer or all together."""
-    if budget.scope == "global":
-        share = Share(len(numbers))
-        return {i: SharedLayer(policy, budget, chunk, i, share, place) for place, i in enumerate(numbers)}
-    return {i: SharedLayer(policy, budget, chunk, i, Share(1)) for i in numbers}
+    one = Share(len(budgets)) if next(iter(budgets.values())).scope == "global" else None
+    return {
+        i: SharedLayer(policy, budget, chunk, i, one or Share(1), 0 if one is None else place)
+        for place, (i, budget) in enumerate(budgets.items())
+    }
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -77,6 +77,11 @@ class ReplayLayer(BoundedLayer):
         state = self.policy.new_state(tokens)
         tokens.state = {name: state[name].to(dtype) for name, dtype in self.policy.state.items()}
         M, selects = self.budget.tokens if self.policy.bounded else T, self.policy.selects
+        if M >= T and not selects:  # nothing is ever evicted
+            self.last = torch.full_like(position, T - 1)
+            self.peak_decode_tokens = max(self.peak_decode_tokens, T)
+            self.on_attended()
+            return attention.attend_causal(q, k, v, scaling, softcap, s_aux)
         self.last = None if selects else last_steps(tokens, self.policy, M, self.sinks, self.recent)
         out, peaks = [], []
         for start in range(0, T, QUERIES):

@@ -87,7 +87,7 @@ class Chat:
                 "prefill_seconds": out.prefill_seconds,
                 "decode_tokens_per_second": out.decode_tokens_per_second,
                 "seen_tokens": self.cache.get_seq_length(),
-                "held_tokens": self.cache.held_tokens,
+                "held_tokens": round(self.cache.mean_held_tokens),
                 "cache_bytes": self.cache.nbytes,
             }
         )
@@ -133,7 +133,7 @@ class Chat:
             "budget": o.budget,
             "turns": self.turns,
             "seen_tokens": self.cache.get_seq_length(),
-            "held_tokens": self.cache.held_tokens,
+            "held_tokens": round(self.cache.mean_held_tokens),
             **self.run.report(self.cache),
         }
 

@@ -209,7 +209,7 @@ def _budgets(o: SimpleNamespace) -> list:
     if not numbers:
         raise UserError("--budgets is empty")
     with mendable():
-        return [Budget(number, scope=o.scope, floor=o.floor) for number in dict.fromkeys(numbers)]
+        return [Budget(number, scope=o.scope, floor=o.floor, split=o.split) for number in dict.fromkeys(numbers)]
 
 
 def _check_texts(paths: list[str]) -> None:
@@ -317,7 +317,7 @@ def _print(result: dict) -> None:
         title=f"{result['model']}: {result['sequences']} sequences of {result['context']:,} tokens", caption=caption
     )
     table.add_column("policy", no_wrap=True)
-    for heading in ("budget", "KL\n(nats)", "perplexity", "same\ntop-1", "peak\ntokens"):
+    for heading in ("budget", "KL\n(nats)", "perplexity", "same\ntop-1", "mean\ntokens", "peak\ntokens"):
         table.add_column(heading, justify="right")
     seen = set()
     for row in result["rows"]:
@@ -331,6 +331,7 @@ def _print(result: dict) -> None:
             f"{row['kl']:.4f}",
             f"{row['perplexity']:.3f}",
             f"{100 * row['top1_agreement']:.1f} %",
+            f"{row.get('mean_tokens_per_head', row['peak_tokens_per_head']):,.0f}",
             f"{row['peak_tokens_per_head']:,}",
         )
     Console().print(table)

@@ -73,6 +73,13 @@ sharing_options = _all_of(
         help="Whose the budget is: each head's own, or shared out by score among the heads of a layer or of all.",
     ),
     click.option(
+        "--split",
+        type=click.Choice(["trained", "even"]),
+        default="trained",
+        show_default=True,
+        help="Among layers: as the policy's gates were trained to have it, the mean being the budget, or evenly.",
+    ),
+    click.option(
         "--floor",
         type=click.FloatRange(0, 1),
         callback=_finite,

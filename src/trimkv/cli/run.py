@@ -34,6 +34,7 @@ class Run:
                 recent=options.recent,
                 scope=options.scope,
                 floor=options.floor,
+                split=options.split,
             )
         loading.check_model_name(options.model)
         loading.import_torch()

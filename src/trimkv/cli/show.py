@@ -28,9 +28,9 @@ def bytes_text(count: int) -> str:
 def saved_line(cache, bounded: bool) -> str:
     """What was seen, what is held, and what that saves:
     ``seen 812 tokens · held 256 slots per head · cache 5.9 MB instead of 37.4 MB (84 % saved)``."""
-    seen = cache.get_seq_length()
+    seen, held = cache.get_seq_length(), cache.mean_held_tokens
     full = cache.full_cache_bytes(seen)
-    line = f"seen {seen:,} tokens · held {cache.held_tokens:,} slots per head · cache {bytes_text(cache.nbytes)}"
+    line = f"seen {seen:,} tokens · held {held:,.0f} slots per head · cache {bytes_text(cache.nbytes)}"
     if not bounded:
         return f"{line}, growing with every token"
     if cache.nbytes >= full:  # slots are allocated once, so a short text saves nothing

@@ -229,7 +229,9 @@ class Runner:
     def _warm_up(self) -> None:
         """Reads a prompt that fills the slots, keeps it as often as it may be kept and makes a token: what the largest
         forwards need is then in the allocator's hands. Where all chunks are the same work, two are enough."""
-        fills = 0 if isinstance(self.staging, FixedStaging) else self.cache.slot_layers[0].budget.slots
+        fills = (
+            0 if isinstance(self.staging, FixedStaging) else max(layer.budget.slots for layer in self.cache.slot_layers)
+        )
         tokens = fills + 2 * self.chunk
         self.prompt = torch.zeros(tokens, dtype=torch.int64, device=self.device)
         self.staging.clear()

@@ -157,6 +157,7 @@ def _build(model, modules: dict, gates: GateSet) -> dict[int, RetentionGate]:
         part = part_of(model, module, shape["num_heads"])
         gate = RetentionGate(kind, **shape, intermediate_size=width, part=part)
         gate.load_state_dict({name: gate.local(name, t) for name, t in gates.layers[i].items()})
+        gate.share = gates.shares[i]
         device, dtype = _place(module)
         built[i] = gate.to(device=device, dtype=dtype).requires_grad_(False).eval()
     return built

@@ -1,6 +1,7 @@
 """Gate sets on disk: one safetensors file and one json, or the published config.json + trimkv_weights.pth."""
 
 import json
+import math
 import pickle
 import re
 from dataclasses import dataclass, field
@@ -57,6 +58,20 @@ class GateSet:
         return parameters["linear1.weight" if "linear1.weight" in parameters else "gate_proj.weight"].shape[0]
 
     @property
+    def shares(self) -> dict[int, float]:
+        """By layer number, how much of the budget the layer should have: ``layer_shares`` of the provenance, 1 is the
+        mean. All alike where nothing is said.
+
+        Raises:
+            ValueError: not one number above 0 per layer.
+        """
+        found = self.meta.get("layer_shares") or [1.0] * len(self.layers)
+        sound = isinstance(found, list) and all(isinstance(x, int | float) and 0 < x < math.inf for x in found)
+        if not sound or len(found) != len(self.layers):
+            raise ValueError(f"gates in {self.source}: layer_shares must be one number above 0 for each layer")
+        return {i: share * len(found) / sum(found) for i, share in zip(sorted(self.layers), found, strict=True)}
+
+    @property
     def base_model(self) -> str | None:
         return self.meta.get("base_model")
 
@@ -98,15 +113,18 @@ def save_gates(gates, folder: str | Path, **meta) -> Path:
 def collect(model) -> GateSet:
     """The gates attached to a model."""
     layers: dict[int, dict[str, torch.Tensor]] = {}
-    meta = {}
+    shares, meta = {}, {}
     for name, module in model.named_modules():
         if name.endswith("self_attn") and getattr(module, "retention_gate", None) is not None:
             if not module.retention_gate.part.whole:
                 raise ValueError("each process has the gates of its own KV heads; save gates of a model that is whole")
             layers[module.layer_idx] = dict(module.retention_gate.state_dict())
             meta["gate"] = module.retention_gate.kind
+            shares[module.layer_idx] = module.retention_gate.share
     if not layers:
         raise ValueError(f"{type(model).__name__} has no retention gates attached")
+    if len(set(shares.values())) > 1:
+        meta["layer_shares"] = [round(shares[i], 4) for i in sorted(shares)]
     if model.config._name_or_path:
         meta["base_model"] = model.config._name_or_path
     return GateSet(layers, meta, "the model")

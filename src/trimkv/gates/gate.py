@@ -50,6 +50,7 @@ class RetentionGate(nn.Module):
             raise ValueError(f"unknown gate kind {kind!r}; known kinds: {', '.join(KINDS)}")
         self.kind, self.reads_keys = kind, kind != "rg"
         self.part = Part(0, num_heads, num_heads) if part is None else part
+        self.share = 1.0  # of the mean number of slots per head, what this layer's heads should have
         num_heads = self.part.num
         inputs = 2 * head_dim * num_heads if self.reads_keys else hidden_size
         if kind == "rg3":

@@ -169,8 +169,9 @@ def _attention(module, query, key, value, mask, dropout=0.0, scaling=None, softc
     if student.budget_B is not None and not student.teaching:
         if softcap is not None or s_aux is not None:
             raise ValueError("the eviction stage does not know softcap and attention sinks; use stage decay")
+        budget_B = student.budget_B * module.retention_gate.share
         out = soft_eviction_attention(
-            query, key, value, log_beta, scaling, student.budget_B, student.temperature_now, student.start
+            query, key, value, log_beta, scaling, budget_B, student.temperature_now, student.start
         )
     else:
         out = decayed_attention(query, key, value, log_beta, scaling, student.start, softcap, s_aux)

@@ -78,4 +78,5 @@ def as_published(policy: str, budget: int | Budget, chunk: int | None) -> tuple[
         return make(policy), budget, chunk
     if not budget.buffer:
         budget = replace(budget, buffer=form.buffer)
+    budget = replace(budget, split=form.split or budget.split)
     return make(form.name or policy, **form.options), budget, None if form.whole_prompt else chunk

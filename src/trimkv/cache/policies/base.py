@@ -19,12 +19,14 @@ class Published:
         name: the policy that has the published form, if it is another one.
         buffer: tokens above the budget that decoding may hold between evictions; 1 attends before it evicts.
         whole_prompt: a prompt attends in full and evicts once, after it.
+        split: of the budget among layers, see ``Budget``; None leaves it as it is.
     """
 
     options: dict = field(default_factory=dict)
     name: str = ""
     buffer: int = 0
     whole_prompt: bool = True
+    split: str | None = None
 
 
 class Policy:
@@ -112,6 +114,10 @@ class Policy:
                 f"trimkv.gates.head_sets.attach_heads(model, folder) first, or choose a policy without training"
             )
         return self
+
+    def shares(self, modules: dict[int, torch.nn.Module]) -> list[float] | None:
+        """How much of the budget each of these attention modules should have, by what was trained; None: all alike."""
+        return None
 
     def new_state(self, new: NewTokens) -> dict[str, torch.Tensor]:
         """What to remember about T new tokens, at their creation: name -> [B, H, T], tensors of their own."""

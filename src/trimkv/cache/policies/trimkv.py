@@ -16,7 +16,7 @@ class TrimKV(Policy):
     """
 
     name = "trimkv"
-    published = Published({"distance": "reference"}, buffer=128)
+    published = Published({"distance": "reference"}, buffer=128, split="even")
     needs = frozenset({"log_beta"})
     trained = True
     comparable = True
@@ -38,6 +38,10 @@ class TrimKV(Policy):
         if strategy == "knorm_alpha":
             self.needs, self.search = frozenset({"log_beta", "keys"}), ""
             self.state = {**self.state, "log_norm": torch.float32}
+
+    def shares(self, modules):
+        found = [module.retention_gate.share for module in modules.values()]
+        return found if len(set(found)) > 1 else None
 
     def new_state(self, new):
         state = {"log_beta": new.log_beta.float()}
