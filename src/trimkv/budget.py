@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 SCOPES = ("head", "layer", "global")
-SPLITS = ("trained", "even")
+SPLITS = ("trained", "even", "gates")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Budget:
             TRIM-KV that is beta^age < threshold. 0 lets them stay. Not together with a floor, as published.
         split: "trained" gives a layer more or fewer than M where the policy's trained gates say how much of the budget
             it should have: M is then the mean over the layers, and their sum what it would be without. "even" gives
-            every layer M. For scope "global" it is all the same.
+            every layer M, "gates" any policy what TRIM-KV would have. For scope "global" it is all the same.
 
     Raises:
         ValueError: with a one-line message that says what to change.
@@ -96,20 +96,17 @@ class Budget:
         """Slots allocated per KV head: M + W."""
         return self.tokens + self.buffer
 
-    def layers(self, shares: Sequence[float] | None, sinks: int = 0) -> "list[Budget]":
+    def layers(self, shares: Sequence[float], sinks: int = 0) -> "list[Budget]":
         """The budgets of layers that have these shares of all slots: together exactly as many as without.
 
         What is never evicted is every layer's; the rest is shared out, and each layer has at least one slot of it.
 
         Args:
-            shares: one number > 0 per layer; only their ratios count. None is an even split, of any number of layers.
+            shares: one number > 0 per layer; only their ratios count.
             sinks: a policy's own, where they are more than the budget's.
-
-        Returns:
-            One Budget per layer; without shares, this one alone.
         """
-        if shares is None or self.split == "even" or self.scope == "global":
-            return [self]
+        if self.scope == "global" or len(set(shares)) == 1:
+            return [self] * len(shares)
         fixed = max(self.sinks, sinks) + self.recent
         free = (self.tokens - fixed) * len(shares)
         wished = [free * share / sum(shares) for share in shares]

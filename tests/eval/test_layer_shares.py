@@ -53,8 +53,8 @@ def test_a_split_budget_has_as_many_slots_as_an_even_one(seed):
 def test_the_smallest_budget_is_one_slot_for_each():
     assert [part.tokens for part in Budget(1).layers([1.9, 0.1])] == [1, 1]
     assert [part.tokens for part in Budget(2).layers([1.9, 0.1])] == [3, 1]
-    assert Budget(7, split="even").layers(SHARES) == [Budget(7, split="even")]
-    with pytest.raises(ValueError, match="split must be one of trained, even"):
+    assert Budget(7, scope="global").layers(SHARES) == [Budget(7, scope="global")] * 2
+    with pytest.raises(ValueError, match="split must be one of trained, even, gates"):
         Budget(7, split="odd")
 
 
@@ -64,6 +64,9 @@ def test_layers_hold_what_their_gates_say():
     assert capacities(model, Budget(16, split="even")) == [16, 16]
     assert capacities(model, Budget(16, sinks=4)) == [22, 10]
     assert capacities(model, 16, "streaming_llm") == [16, 16], "a policy without training has no shares"
+    assert capacities(model, Budget(16, split="gates"), "streaming_llm") == [22, 10], "but may have those of the gates"
+    with pytest.raises(ValueError, match="split gates needs a model with gates"):
+        capacities(tiny.build("qwen3", num_hidden_layers=2), Budget(16, split="gates"), "h2o")
     cache = trimkv.bounded_cache(model, "trimkv", 16)
     ids = tiny.tokens(2, 60)
     with torch.no_grad():

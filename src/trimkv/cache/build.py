@@ -109,13 +109,28 @@ def make_layers(model, policy: Policy, budget: Budget, chunk: int | None) -> lis
             )
     policy = policy.fitted({i: modules[i] for i in slot_layers})
     turns = {i: rotation_of(model, modules[i]) for i in slot_layers} if "rotation" in policy.needs else {}
-    budgets = budget.layers(policy.shares({i: modules[i] for i in slot_layers}), policy.sinks)
-    budgets = dict(zip(slot_layers, budgets * len(slot_layers) if len(budgets) == 1 else budgets, strict=False))
+    shares = _shares(policy, budget, {i: modules[i] for i in slot_layers})
+    budgets = dict(zip(slot_layers, budget.layers(shares, policy.sinks), strict=True))
     if budget.shared and policy.bounded:
         slots = shared_layers(policy, budgets, chunk)
     else:
         slots = {i: BoundedLayer(policy, budgets[i], chunk, i, turns.get(i), parts[i]) for i in slot_layers}
     return [slots[i] if i in slots else DYNAMIC_LAYER_TYPE_MAPPING[kind](**options) for i, kind in enumerate(types)]
+
+
+def _shares(policy: Policy, budget: Budget, modules: dict) -> list[float]:
+    """How much of the budget each layer should have, as its gate says, where the policy goes by gates or is to.
+
+    Raises:
+        ValueError: there are no gates to go by.
+    """
+    goes_by_gates = budget.split == "gates" or (budget.split == "trained" and "log_beta" in policy.needs)
+    if not goes_by_gates or not policy.bounded:
+        return [1.0] * len(modules)
+    gates = [getattr(module, "retention_gate", None) for module in modules.values()]
+    if None in gates:
+        raise ValueError("budget: split gates needs a model with gates: call trimkv.attach(model, gates) first")
+    return [gate.share for gate in gates]
 
 
 def _check_parts(parts: dict[int, Part], policy: Policy, budget: Budget) -> None:

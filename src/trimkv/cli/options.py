@@ -74,10 +74,11 @@ sharing_options = _all_of(
     ),
     click.option(
         "--split",
-        type=click.Choice(["trained", "even"]),
+        type=click.Choice(["trained", "even", "gates"]),
         default="trained",
         show_default=True,
-        help="Among layers: as the policy's gates were trained to have it, the mean being the budget, or evenly.",
+        help="Among layers: trained gives trimkv's what its gates were trained with, the mean being the budget; "
+        "gates gives every policy's the same.",
     ),
     click.option(
         "--floor",

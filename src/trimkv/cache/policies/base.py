@@ -115,10 +115,6 @@ class Policy:
             )
         return self
 
-    def shares(self, modules: dict[int, torch.nn.Module]) -> list[float] | None:
-        """How much of the budget each of these attention modules should have, by what was trained; None: all alike."""
-        return None
-
     def new_state(self, new: NewTokens) -> dict[str, torch.Tensor]:
         """What to remember about T new tokens, at their creation: name -> [B, H, T], tensors of their own."""
         return {}

@@ -39,10 +39,6 @@ class TrimKV(Policy):
             self.needs, self.search = frozenset({"log_beta", "keys"}), ""
             self.state = {**self.state, "log_norm": torch.float32}
 
-    def shares(self, modules):
-        found = [module.retention_gate.share for module in modules.values()]
-        return found if len(set(found)) > 1 else None
-
     def new_state(self, new):
         state = {"log_beta": new.log_beta.float()}
         if self.strategy == "knorm_alpha":
