@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import tiny
+import tiny_text
 import trimkv
 from trimkv import Budget, Engine, SamplingParams
+from trimkv.cli.app import run
 from trimkv.eval.compare import compare, compare_stepwise
 from trimkv.eval.layer_shares import layer_costs, share_out
 from trimkv.gates.attach import new_gates
@@ -206,3 +208,49 @@ def test_the_best_of_all_splits_is_found():
                 tried[split] = sum(cost(row, part * step * mean) for row, part in enumerate(split))
     found = tuple(round(share / step) for share in share_out(costs, budgets, (mean,)))
     assert tried[found] <= 1.001 * min(tried.values())
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A model, its gates, and a text."""
+    root = tmp_path_factory.mktemp("shares")
+    gates = new_gates(tiny_text.chat_model(), intermediate_size=8, training_length=16)
+    for parameters in gates.layers.values():
+        parameters["linear2.weight"].mul_(200)
+    save_gates(gates, root / "gates", note="kept")
+    tiny_text.save_model(root / "model")
+    (root / "text.txt").write_text("A small word in a long text. " * 60)
+    return root
+
+
+def shares_from_the_command_line(folders, capsys, *more):
+    arguments = ["shares", "--model", folders / "model", "--gates", folders / "gates", "--context", 60, *more]
+    code = run([str(argument) for argument in arguments])
+    return code, *capsys.readouterr()
+
+
+def test_shares_from_the_command_line(folders, capsys):
+    options = "--text", folders / "text.txt", "--max-sequences", 2, "--measured-at", "6,24", "--good-for", 12
+    code, out, err = shares_from_the_command_line(folders, capsys, *options, "--output", folders / "with", "--json")
+    assert code == 0, err
+    found = json.loads(out.splitlines()[-1])
+    assert found["layers"] == [0, 1, 2, 3] and sum(found["layer_shares"]) == 4 and found["measured_at"] == [6, 24]
+    written = json.loads((folders / "with" / "gates.json").read_text())
+    assert written["layer_shares"] == found["layer_shares"] and written["note"] == "kept"
+    code, out, err = shares_from_the_command_line(folders, capsys, *options)
+    assert code == 0 and out.count("\n") > 6 and f"{found['layer_shares'][0]:.2f}" in out, err
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--measured-at", "6"), "at least two numbers"),
+        (("--measured-at", "6,60"), "each less than --context 60"),
+        (("--measured-at", "6,x"), "--measured-at 6,x: whole numbers"),
+        (("--measured-at", "6,24", "--gates", "none"), "gates"),
+        (("--measured-at", "6,24", "--least", "0"), "least"),
+    ],
+)
+def test_what_the_command_refuses(folders, capsys, options, message):
+    code, out, err = shares_from_the_command_line(folders, capsys, "--text", folders / "text.txt", *options)
+    assert code == 2 and message in err and not out

@@ -159,6 +159,27 @@ def test_soft_eviction_cares_for_the_order_only():
     assert z.grad.sum().abs() < 1e-3 * z.grad.abs().sum() + 1e-4
 
 
+def test_layers_are_trained_with_their_shares_of_the_budget(monkeypatch, tmp_path):
+    from trimkv.train import student as room
+
+    model, seen = tiny.build("llama"), []
+    gates = new_gates(model, "rg", 8, CONTEXT)
+    gates.meta["layer_shares"] = [2.0, 0.5, 0.5, 1.0]
+
+    def attention(q, k, v, log_beta, scaling, budget_B, *rest):
+        seen.append(budget_B.tolist())
+        return real(q, k, v, log_beta, scaling, budget_B, *rest)
+
+    real = room.soft_eviction_attention
+    monkeypatch.setattr(room, "soft_eviction_attention", attention)
+    train(model, Samples(), settings(stage="eviction", steps=1, checkpointing=False), tmp_path, gates)
+    drawn = torch.tensor(seen[3])
+    assert len(seen) == 4 and (3 <= drawn).all() and (drawn <= 12).all()
+    for share, budget in zip((2.0, 0.5, 0.5, 1.0), seen, strict=True):
+        torch.testing.assert_close(torch.tensor(budget), drawn * share)
+    assert json.loads((tmp_path / "gates.json").read_text())["layer_shares"] == [2.0, 0.5, 0.5, 1.0]
+
+
 @pytest.mark.parametrize("stage", ["decay", "eviction"])
 def test_training_lowers_the_loss_and_writes_a_gate_set(stage, tmp_path):
     model = tiny.build("llama")

@@ -16,6 +16,7 @@ from .generate import generate
 from .info import info
 from .options import debug_option
 from .policies import policies
+from .shares import shares
 from .train import train
 
 INTERRUPTED = 130  # 128 + SIGINT, what shells expect
@@ -31,7 +32,7 @@ def trimkv(context: click.Context):
         click.echo(context.get_help())
 
 
-for command in (generate, chat, compare, train, bench, policies, info):
+for command in (generate, chat, compare, train, shares, bench, policies, info):
     trimkv.add_command(command)
 
 

@@ -14,7 +14,7 @@ import click
 from . import loading, show
 from .compare import _check_figure, _check_output
 from .errors import UserError, mendable
-from .options import DTYPES, output_options
+from .options import DTYPES, numbers, output_options
 
 WHAT = ("decode", "prefill", "attention", "train")
 
@@ -50,7 +50,7 @@ def bench(**options):
         return
     if o.what is None:
         raise UserError(f"say what to measure: one of {', '.join(WHAT)}")
-    o.contexts, o.batches, o.budgets = (_numbers(o, name) for name in ("context", "batch", "budget"))
+    o.contexts, o.batches, o.budgets = (numbers(o, name) for name in ("context", "batch", "budget"))
     if len(o.budgets) > 1 and o.what != "attention":
         raise UserError(f"--budget {o.budget}: one number, please; several are for attention")
     _check_output(o.output)
@@ -136,17 +136,6 @@ def _systems(o: SimpleNamespace) -> tuple[str, ...]:
     if not names:
         raise UserError(f"--compare: name one of {', '.join(known)}")
     return names
-
-
-def _numbers(o: SimpleNamespace, name: str) -> tuple[int, ...]:
-    text = getattr(o, name)
-    try:
-        numbers = tuple(dict.fromkeys(int(part.replace("_", "")) for part in text.split(",")))
-    except ValueError:
-        numbers = ()
-    if not numbers or min(numbers) < 1:
-        raise UserError(f"--{name} {text}: whole numbers of at least 1, with commas between")
-    return numbers
 
 
 def _saved(path: str) -> dict:

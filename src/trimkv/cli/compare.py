@@ -5,14 +5,14 @@ import json
 import os
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
 import click
 
-from . import loading, show
+from . import loading, reading, show
 from .errors import UserError, mendable, one_line
 from .options import model_options, output_options, sharing_options
 from .partial import Partial, digest, trained_parts
@@ -61,7 +61,7 @@ def compare(**options):
         return
     policies, budgets = _names(o.policies), _budgets(o)
     paths = [*o.texts, *o.more_texts]
-    _check_texts(paths)
+    reading.check(paths)
     _check_output(o.output)
     loading.check_model_name(o.model)
     loading.import_torch()
@@ -73,7 +73,7 @@ def compare(**options):
         loading.check_budget(budget, choice.policies)
     device = loading.pick_device(o.device)
     tokenizer = loading.load_tokenizer(o.model)
-    ids = _windows(paths, tokenizer, o)
+    ids = reading.windows(paths, tokenizer, o.context, o.max_sequences)
     dtype = loading.pick_dtype(o.dtype, device)
     model = loading.load_model(o.model, device, dtype, choice.gates, choice.heads)
     if choice.remark:
@@ -154,7 +154,7 @@ def _measure(model, ids, policies, budgets, partial: Partial, o: SimpleNamespace
 
     options = {"batch_size": o.batch_size, "name": o.model, "stepwise": o.stepwise}
     pieces = list(_pieces(policies, budgets, partial.rows, o))
-    with loading.quiet(), _progress() as progress:
+    with loading.quiet(), show.progress() as progress:
         for i, (some, at) in enumerate(pieces):
             start, what = time.perf_counter(), "comparing" if len(some) > 1 else f"comparing {some[0].name}"
             count = f" ({i + 1} of {len(pieces)})" if len(pieces) > 1 else ""
@@ -212,31 +212,6 @@ def _budgets(o: SimpleNamespace) -> list:
         return [Budget(number, scope=o.scope, floor=o.floor, split=o.split) for number in dict.fromkeys(numbers)]
 
 
-def _check_texts(paths: list[str]) -> None:
-    """Looks at the first record of each file: cheaper than finding out after the model was loaded."""
-    from ..texts import read_texts
-
-    if not paths:
-        raise UserError("no text: give --text FILE")
-    with mendable():
-        for path in paths:
-            next(read_texts([path]))
-
-
-def _windows(paths: list[str], tokenizer, o: SimpleNamespace):
-    import torch
-
-    from ..texts import file_windows
-
-    with loading.quiet(), loading.status("reading the texts"), mendable():
-        windows = list(file_windows(paths, tokenizer, o.context, o.max_sequences))
-    if not windows:
-        raise UserError(f"the texts are shorter than one sequence of {o.context} tokens: give more, or lower --context")
-    if len(windows) < o.max_sequences:
-        loading.note(f"the texts give {len(windows)} of {o.max_sequences} sequences of {o.context} tokens")
-    return torch.tensor(windows)
-
-
 def _check_output(output: str | None) -> None:
     if output is None:
         return
@@ -282,28 +257,6 @@ def _made_by(device: str, dtype: str) -> dict:
 
     command = shlex.join(["trimkv", *click.get_current_context().obj.arguments])
     return {"command": command, "environment": environment(), "device": device, "dtype": dtype}
-
-
-def _progress():
-    """A bar with the time left on a terminal's stderr."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    class Bar(Progress):
-        def __enter__(self) -> Callable[[str], Callable[[int, int], None]]:
-            super().__enter__()
-            return self.begin
-
-        def begin(self, what: str) -> Callable[[int, int], None]:
-            for task in self.task_ids:
-                self.remove_task(task)
-            task = self.add_task(what, total=None)
-            return lambda done, total: self.update(task, completed=done, total=total)
-
-    description = TextColumn("{task.description}")
-    columns = (description, BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("left"))
-    console = Console(stderr=True)
-    return Bar(*columns, console=console, disable=not console.is_terminal)
 
 
 def _print(result: dict) -> None:

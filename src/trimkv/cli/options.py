@@ -2,8 +2,11 @@
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import click
+
+from .errors import UserError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -18,6 +21,18 @@ def _finite(context, parameter, value):
 def _remember_debug(context: click.Context, parameter, value: bool) -> None:
     if value:
         context.obj.debug = True
+
+
+def numbers(o: SimpleNamespace, name: str) -> tuple[int, ...]:
+    """What an option with commas holds, each number once."""
+    text = getattr(o, name)
+    try:
+        found = tuple(dict.fromkeys(int(part.replace("_", "")) for part in text.split(",")))
+    except ValueError:
+        found = ()
+    if not found or min(found) < 1:
+        raise UserError(f"--{name.replace('_', '-')} {text}: whole numbers of at least 1, with commas between")
+    return found
 
 
 def _all_of(*options: Callable) -> Callable:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 
 import click
 
@@ -9,6 +10,28 @@ import click
 def emit(result: dict) -> None:
     """One JSON object on one line of stdout."""
     click.echo(json.dumps(result))
+
+
+def progress():
+    """A bar with the time left on a terminal's stderr."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    class Bar(Progress):
+        def __enter__(self) -> Callable[[str], Callable[[int, int], None]]:
+            super().__enter__()
+            return self.begin
+
+        def begin(self, what: str) -> Callable[[int, int], None]:
+            for task in self.task_ids:
+                self.remove_task(task)
+            task = self.add_task(what, total=None)
+            return lambda done, total: self.update(task, completed=done, total=total)
+
+    description = TextColumn("{task.description}")
+    columns = (description, BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("left"))
+    console = Console(stderr=True)
+    return Bar(*columns, console=console, disable=not console.is_terminal)
 
 
 def faint(text: str) -> str:

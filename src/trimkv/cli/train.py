@@ -9,8 +9,7 @@ from types import SimpleNamespace
 import click
 from click.core import ParameterSource
 
-from . import loading, show
-from .compare import _check_texts
+from . import loading, reading, show
 from .errors import UserError, mendable
 from .options import model_options, output_options
 
@@ -109,7 +108,7 @@ def _run(o: SimpleNamespace) -> dict:
     if not data:
         raise UserError("no data: give --data FILE")
     if files:
-        _check_texts(files)
+        reading.check(files)
     _check_folder(Path(o.output))
     if o.resume and not any(Path(o.output).glob("checkpoint-*")):
         raise UserError(f"--resume: no checkpoint to resume from in {o.output}")

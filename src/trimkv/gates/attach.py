@@ -36,7 +36,7 @@ def attach(model, gates: str | Path | GateSet = "bundled"):
         ValueError: gates that cannot be read or do not fit the model; the message names both. KV heads that cannot be
             shared out over the processes.
     """
-    gates = _resolve(model, gates)
+    gates = resolve(model, gates)
     modules = attention_modules(model)
     built = _build(model, modules, gates)
     detach_gates(model)
@@ -118,7 +118,12 @@ def _shape(model, module) -> dict:
     return {"hidden_size": config.hidden_size, "num_heads": heads, "head_dim": head_dim, "activation": activation}
 
 
-def _resolve(model, gates) -> GateSet:
+def resolve(model, gates: str | Path | GateSet) -> GateSet:
+    """The gate set that ``attach`` would take.
+
+    Raises:
+        ValueError: gates that cannot be read, or none that are bundled for the model.
+    """
     if isinstance(gates, GateSet):
         return gates
     if gates != "bundled":
