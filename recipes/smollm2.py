@@ -5,7 +5,6 @@ then with more slots for some layers than for others.
     python recipes/smollm2.py answer --data texts                      # the model answers prompts made of them
     python recipes/smollm2.py train --data texts --output gates        # all stages on one GPU: quarter of an hour
     python recipes/smollm2.py train --data texts --output gates --only shared --gates gates/longer      # the last one
-    python recipes/smollm2.py shares --data texts --gates gates/longer # what each layer should have, no training
 
 DATA holds novels/train.jsonl.gz (public-domain novels, records with author and text), gsm8k/train.jsonl.gz (GSM8K's
 training set) and math/math_test_minus_math500.jsonl.gz (MATH problems with solutions, none of MATH-500). Nothing that
@@ -111,7 +110,8 @@ def sources(folder: Path) -> list[Source]:
 def measure_shares(
     data: Path, gates, model_name: str = "smollm2", windows: int = 4, context: int = 4096
 ) -> list[float]:
-    """What share of the budget each layer should have with these gates, by the beginnings of some training novels."""
+    """What share of the budget each layer should have with these gates, by the beginnings of some training novels:
+    ``trimkv shares`` in Python."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -293,9 +293,7 @@ def main():
     one.add_argument("--source", type=Path, required=True)
     three = commands.add_parser("answer")
     two = commands.add_parser("train")
-    four = commands.add_parser("shares")
-    four.add_argument("--gates", type=Path, required=True, help="folder; its gates.json is written anew")
-    for command in (two, three, four):
+    for command in (two, three):
         command.add_argument("--data", type=Path, required=True)
         command.add_argument("--model", default="smollm2", help="alias or folder")
     two.add_argument("--only", choices=STAGES, help="train this stage and no other")
@@ -309,12 +307,6 @@ def main():
         return
     if args.command == "answer":
         answer(args.data, args.model)
-        return
-    if args.command == "shares":
-        from trimkv.gates.files import load_gates, save_gates
-
-        gates = load_gates(args.gates)
-        save_gates(gates, args.gates, layer_shares=measure_shares(args.data, gates, args.model))
         return
     train_all(args.data, args.output, args.model, args.steps, args.only, args.gates)
 

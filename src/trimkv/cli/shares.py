@@ -49,7 +49,8 @@ def shares(**options):
     choice = loading.choose(("trimkv",), o.model, o.gates)
     device = loading.pick_device(o.device)
     ids = reading.windows(paths, loading.load_tokenizer(o.model), o.context, o.max_sequences)
-    model = loading.load_model(o.model, device, loading.pick_dtype(o.dtype, device), choice.gates)
+    dtype = "float32" if o.dtype == "auto" else o.dtype  # what a layer costs may be a millionth of a nat
+    model = loading.load_model(o.model, device, dtype, choice.gates)
     from ..eval.layer_shares import layer_costs, share_out
     from ..gates.attach import attention_modules
     from ..gates.files import save_gates
