@@ -4,9 +4,11 @@ import pytest
 import torch
 
 import tiny
+import trimkv
 from alone import BUDGET, CHUNK, alone, long, prompt
 from trimkv import Engine
 from trimkv.engine.runner import Runner
+from trimkv.gates.files import collect
 
 pytestmark = [
     pytest.mark.gpu,
@@ -130,6 +132,19 @@ def test_chunks_that_are_captured_late_touch_neither_rows_nor_prompts(model):
         assert (again.reused_tokens, again.tokens) == (40, alone(model, "trimkv", prompt(90), 20))
         forwards = {key for key in engine.runner.staging.graphs.captured if key[0] == "_forward"}
         assert forwards == {("_forward", 1, False), ("_forward", CHUNK, True), ("_forward", CHUNK, False)}
+
+
+def test_layers_of_unlike_sizes():
+    """Shares of the budget: graphs, kernels and staging take each layer's slots as they are."""
+    model = tiny.gated("qwen3")
+    gates = collect(model)
+    gates.meta["layer_shares"] = [1.75, 0.25, 1.5, 0.5]
+    trimkv.attach(model, gates).cuda()
+    with Engine(model, "trimkv", BUDGET, rows=5, chunk=CHUNK) as engine:
+        sizes = [layer.store.capacity for layer in engine.runner.cache.slot_layers]
+        found = engine.generate([prompt(p) for p, _ in LENGTHS], [long(n) for _, n in LENGTHS], progress=False)
+    assert sizes == [28, 4, 24, 8]
+    assert [request.tokens for request in found] == [alone(model, "trimkv", prompt(p), n) for p, n in LENGTHS]
 
 
 def test_compiled_parts_say_the_same():
