@@ -165,6 +165,7 @@ def _measure(model, ids, policies, budgets, partial: Partial, o: SimpleNamespace
         **partial.found,
         "rows": [found[policy.name, budget.tokens] for policy in policies for budget in budgets],
         "scope": o.scope,
+        "split": o.split,
         "floor": o.floor,
         "seed": o.seed,
         "seconds": round(partial.seconds, 1),

@@ -92,6 +92,7 @@ class Run:
             "mean_tokens_per_head_decode": cache.peak_mean_tokens,
             "profile": self.options.profile,
             "scope": self.budget.scope if self.bounded else "head",
+            "split": self.budget.split,
             "peak_cache_bytes": cache.peak_bytes,
             "full_cache_bytes": cache.full_cache_bytes(cache.get_seq_length()),
             "device": self.device,
