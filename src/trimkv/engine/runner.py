@@ -229,10 +229,9 @@ class Runner:
     def _warm_up(self) -> None:
         """Reads a prompt that fills the slots, keeps it as often as it may be kept and makes a token: what the largest
         forwards need is then in the allocator's hands. Where all chunks are the same work, two are enough."""
-        fills = (
-            0 if isinstance(self.staging, FixedStaging) else max(layer.budget.slots for layer in self.cache.slot_layers)
-        )
-        tokens = fills + 2 * self.chunk
+        tokens = 2 * self.chunk
+        if not isinstance(self.staging, FixedStaging):
+            tokens += max(layer.budget.slots for layer in self.cache.slot_layers)
         self.prompt = torch.zeros(tokens, dtype=torch.int64, device=self.device)
         self.staging.clear()
         for start in range(0, tokens, self.chunk):

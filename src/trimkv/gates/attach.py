@@ -146,7 +146,7 @@ def _build(model, modules: dict, gates: GateSet) -> dict[int, RetentionGate]:
         )
     if gates.base_model and not _same_model(gates.base_model, name):
         logger.warning("gates in %s were trained for %s and are put on %s", gates.source, gates.base_model, name)
-    built = {}
+    built, shares = {}, gates.shares
     for i, module in modules.items():
         shape = _shape(model, module)
         kind, width = gates.kind(shape["hidden_size"]), gates.intermediate_size
@@ -162,7 +162,7 @@ def _build(model, modules: dict, gates: GateSet) -> dict[int, RetentionGate]:
         part = part_of(model, module, shape["num_heads"])
         gate = RetentionGate(kind, **shape, intermediate_size=width, part=part)
         gate.load_state_dict({name: gate.local(name, t) for name, t in gates.layers[i].items()})
-        gate.share = gates.shares[i]
+        gate.share = shares[i]
         device, dtype = _place(module)
         built[i] = gate.to(device=device, dtype=dtype).requires_grad_(False).eval()
     return built
