@@ -249,6 +249,7 @@ def test_shares_from_the_command_line(folders, capsys):
         (("--measured-at", "6,x"), "--measured-at 6,x: whole numbers"),
         (("--measured-at", "6,24", "--gates", "none"), "gates"),
         (("--measured-at", "6,24", "--least", "0"), "least"),
+        (("--measured-at", "6,24", "--output", __file__), "a file, but gates need a folder"),
     ],
 )
 def test_what_the_command_refuses(folders, capsys, options, message):

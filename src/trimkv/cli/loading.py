@@ -172,6 +172,15 @@ def check_budget(budget, policies: tuple[str, ...]) -> None:
             )
 
 
+def check_folder(folder: Path) -> None:
+    """Refuses an --output folder for gates that cannot be one."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output {folder}: a file, but gates need a folder")
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"--output {folder}: cannot be written there")
+
+
 def pick_device(name: str) -> str:
     """The device for auto, cpu or cuda. UserError where there is no such GPU."""
     import torch

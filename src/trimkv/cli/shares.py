@@ -1,5 +1,6 @@
 """``trimkv shares``: how much of a budget each layer of a model should have."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import click
@@ -44,6 +45,8 @@ def shares(**options):
         raise UserError(f"--measured-at {o.measured_at}: at least two numbers, each less than --context {o.context}")
     paths = [*o.texts, *o.more_texts]
     reading.check(paths)
+    if o.output:
+        loading.check_folder(Path(o.output))
     loading.check_model_name(o.model)
     loading.import_torch()
     choice = loading.choose(("trimkv",), o.model, o.gates)
@@ -52,7 +55,7 @@ def shares(**options):
     dtype = "float32" if o.dtype == "auto" else o.dtype  # what a layer costs may be a millionth of a nat
     model = loading.load_model(o.model, device, dtype, choice.gates)
     from ..eval.layer_shares import layer_costs, share_out
-    from ..gates.attach import attention_modules
+    from ..gates.attach import attention_modules, resolve
     from ..gates.files import save_gates
 
     with loading.quiet(), show.progress() as progress, mendable():
@@ -61,8 +64,6 @@ def shares(**options):
     layers = sorted(attention_modules(model))
     result = {"layers": layers, "layer_shares": found, "measured_at": measured, "kl": costs.tolist()}
     if o.output:
-        from ..gates.attach import resolve
-
         with mendable((ValueError, OSError), doing=f"--output {o.output}"):
             save_gates(resolve(model, choice.gates), o.output, layer_shares=found)
         result["output"] = o.output

@@ -109,7 +109,7 @@ def _run(o: SimpleNamespace) -> dict:
         raise UserError("no data: give --data FILE")
     if files:
         reading.check(files)
-    _check_folder(Path(o.output))
+    loading.check_folder(Path(o.output))
     if o.resume and not any(Path(o.output).glob("checkpoint-*")):
         raise UserError(f"--resume: no checkpoint to resume from in {o.output}")
     reporters = _reporters(o.report_to)
@@ -149,14 +149,6 @@ def _silence():
     with open(os.devnull, "w") as nowhere:
         with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
             yield
-
-
-def _check_folder(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output {folder}: a file, but gates need a folder")
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise UserError(f"--output {folder}: cannot be written there")
 
 
 def _reporters(text: str | None) -> tuple[str, ...]:
