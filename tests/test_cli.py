@@ -436,6 +436,14 @@ def converse(budget=4096, policy="streaming_llm", **sampling):
     return Conversation(model, byte_tokenizer(), cache, sampling, chunk=16, system="sys")
 
 
+@pytest.fixture
+def ctrl_c_counts():
+    """Ctrl-C interrupts, also where the tests run in the background of a shell that ignores it for them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class TestConversation:
     def test_every_token_is_fed_exactly_once(self):
         conversation = converse()
@@ -505,7 +513,7 @@ class TestConversation:
         stock = chat_model().generate(torch.tensor([history]), do_sample=False, max_new_tokens=12, pad_token_id=0)
         assert stock[0, len(history) :].tolist() == again.token_ids
 
-    def test_ctrl_c_stops_the_answer_and_not_the_program(self):
+    def test_ctrl_c_stops_the_answer_and_not_the_program(self, ctrl_c_counts):
         conversation = converse(max_new_tokens=200)
         pressed = []
 

@@ -2,13 +2,16 @@
 
 import importlib.util
 import json
+from types import SimpleNamespace
 
 import pytest
 
 import trimkv
 from tiny_text import chat_model, save_model
-from trimkv.cache.policies import POLICIES
+from trimkv.budget import Budget
+from trimkv.cache.policies import POLICIES, make
 from trimkv.cli.app import run
+from trimkv.cli.compare import _pieces
 from trimkv.eval import compare as measuring
 from trimkv.gates.attach import new_gates
 from trimkv.gates.head_sets import new_heads, save_heads
@@ -94,12 +97,12 @@ class TestKilled:
 
     @pytest.fixture
     def killed(self, compare, tmp_path, monkeypatch):
-        """A comparison that was killed in its third piece: rows of random, and h2o's first, are there."""
+        """A comparison that was killed in its fourth piece: rows of random and full, and h2o's first, are there."""
         pieces, measure = [], measuring.compare
 
         def watched(model, ids, policies, budgets, **options):
             pieces.append(([policy.name for policy in policies], [budget.tokens for budget in budgets]))
-            if len(pieces) == 3:
+            if len(pieces) == 4:
                 raise KeyboardInterrupt
             return measure(model, ids, policies, budgets, **options)
 
@@ -109,12 +112,21 @@ class TestKilled:
         assert not (tmp_path / "o.json").exists() and (tmp_path / "o.json.part").exists()
         return pieces
 
+    @pytest.mark.parametrize("together, sizes", [(1, [(1, 1)] * 6), (6, [(3, 2)]), (4, [(2, 2), (1, 2)])])
+    def test_cells_fed_by_token_are_grouped_where_they_run_side_by_side(self, together, sizes):
+        policies = [make(name) for name in ("h2o", "tova", "r_kv")]
+        options = SimpleNamespace(output="x", stepwise=False)
+        pieces = list(_pieces(policies, [Budget(8), Budget(12)], {}, together, options))
+        assert [(len(some), len(at)) for some, at in pieces] == sizes
+        cells = [(policy.name, budget.tokens) for some, at in pieces for policy in some for budget in at]
+        assert sorted(cells) == sorted((policy.name, tokens) for policy in policies for tokens in (8, 12))
+
     def test_the_same_command_goes_on(self, compare, killed, tmp_path):
         code, out, err = compare(*self.ARGUMENTS, tmp_path / "o.json")
-        assert code == 0 and "going on from" in err and "3 cells" in err, err
+        assert code == 0 and "going on from" in err and "5 cells" in err, err
         one, two = [8], [12]
-        assert killed[:2] == [(["random"], [8, 12]), (["h2o"], one)]
-        assert killed[2:] == [(["h2o"], two)] * 2 + [(["full"], [8, 12]), (["tova"], one), (["tova"], two)]
+        assert killed[:3] == [(["random"], [8, 12]), (["full"], [8, 12]), (["h2o"], one)]
+        assert killed[3:] == [(["h2o"], two)] * 2 + [(["tova"], one), (["tova"], two)]
         found = json.loads(out.splitlines()[-1])
         whole = json.loads(compare(*self.ARGUMENTS[:-1])[1].splitlines()[-1])
         assert [(row["policy"], row["budget"]) for row in found["rows"]] == [

@@ -53,3 +53,11 @@ def test_policies_without_a_fixed_number_of_slots_are_measured_too(monkeypatch):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recorded_step_gives_the_numbers_of_the_cpu(name):
     check(numbers("cuda", [name]), numbers("cpu", [name]), 2e-3)
+
+
+@pytest.mark.gpu
+def test_steps_side_by_side_give_what_they_give_alone():
+    """One stream and one workspace each: nothing of one cell may reach another."""
+    alone = [row for name in NAMES for row in numbers("cuda", [name])]
+    for _ in range(3):
+        check(numbers("cuda", NAMES), alone, 1e-6)

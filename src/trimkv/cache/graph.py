@@ -85,5 +85,9 @@ class DecodeStep:
         torch.cuda.current_stream().wait_stream(stream)
         self.cache.refresh()
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        # A library's workspace belongs to the stream that was captured. Who works on a stream of his own, as steps that
+        # run side by side do, has one of his own by capturing there.
+        current = torch.cuda.current_stream()
+        own = None if current == torch.cuda.default_stream() else current
+        with torch.cuda.graph(self.graph, stream=own):
             self._forward()

@@ -5,7 +5,7 @@ import json
 import os
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +19,7 @@ from .partial import Partial, digest, trained_parts
 
 ALL = "all"
 FIGURES = (".png", ".svg", ".pdf")
+SIDE_BY_SIDE = 16  # cells fed token by token at a time on a GPU, which one alone leaves idle; a kill loses so many
 
 
 @click.command(short_help="Measure what policies cost in quality on your text.")
@@ -153,7 +154,8 @@ def _measure(model, ids, policies, budgets, partial: Partial, o: SimpleNamespace
     from ..eval.compare import compare as run
 
     options = {"batch_size": o.batch_size, "name": o.model, "stepwise": o.stepwise}
-    pieces = list(_pieces(policies, budgets, partial.rows, o))
+    together = SIDE_BY_SIDE if model.device.type == "cuda" else 1
+    pieces = list(_pieces(policies, budgets, partial.rows, together, o))
     with loading.quiet(), show.progress() as progress:
         for i, (some, at) in enumerate(pieces):
             start, what = time.perf_counter(), "comparing" if len(some) > 1 else f"comparing {some[0].name}"
@@ -173,21 +175,31 @@ def _measure(model, ids, policies, budgets, partial: Partial, o: SimpleNamespace
     }
 
 
-def _pieces(policies, budgets, done: dict, o: SimpleNamespace) -> Iterator[tuple[list, list]]:
+def _pieces(policies, budgets, done: dict, together: int, o: SimpleNamespace) -> Iterator[tuple[list, list]]:
     """Policies and budgets that are measured together. Where nothing is saved that is all of them. Else each policy
-    whose budgets share one forward pass per text, and each cell of the others, which are fed token by token."""
+    whose budgets share one forward pass per text, and ``together`` cells of the others, which are fed token by token.
+    """
     from ..cache.replay import replayable
 
     if not o.output:
         yield list(policies), list(budgets)
         return
+    by_token = {}  # missing budgets -> policies
     for policy in policies:
         missing = [budget for budget in budgets if (policy.name, budget.tokens) not in done]
         one_cell = not (policy.bounded or policy.selects)
         if missing and (one_cell or not o.stepwise and all(replayable(policy, budget) for budget in missing)):
             yield [policy], missing
-        else:
-            yield from (([policy], [budget]) for budget in missing)
+        elif missing:
+            by_token.setdefault(tuple(missing), []).append(policy)
+    for missing, some in by_token.items():
+        for group in _runs(some, max(1, together // len(missing))):
+            yield from ((group, list(at)) for at in _runs(missing, max(1, together // len(group))))
+
+
+def _runs(items: Sequence, size: int) -> Iterator[Sequence]:
+    """Runs of ``size`` items; the last may be shorter."""
+    return (items[i : i + size] for i in range(0, len(items), size))
 
 
 def _names(text: str | None) -> tuple[str, ...]:
