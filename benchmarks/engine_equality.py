@@ -4,8 +4,8 @@
     python benchmarks/engine_equality.py --text novels/valid.jsonl.gz --requests 24      # some minutes on 2 cores
 
 Prompts are passages of novels of many lengths, most of them longer than the budget. In exact arithmetic nothing could
-differ; in bf16 a product over sixteen rows may be summed in another order than one over a single row, and where two
-tokens are nearly as likely the last bit decides.
+differ; in bf16 a step of sixteen rows may make its sums in another order than a step of one, and where two tokens are
+nearly as likely the last bit decides. Measured without and with the engine's ``batch_invariant``, which keeps it.
 """
 
 import argparse
@@ -33,12 +33,30 @@ def passages(tokenizer, paths: list[str], number: int, shortest: int, longest: i
     return found
 
 
-def answers(model, tokenizer, prompts, rows: int, args) -> tuple[list[list[int]], float]:
-    start = time.perf_counter()
+def measure(model, tokenizer, prompts, args, batch_invariant: bool) -> dict:
+    """The answers of one engine to all prompts at once and to one after the other."""
     params = SamplingParams(args.tokens, ignore_eos=True)
-    with Engine(model, args.policy, args.budget, tokenizer=tokenizer, rows=rows, chunk=args.chunk) as engine:
-        done = engine.generate(prompts, params)
-    return [request.tokens for request in done], time.perf_counter() - start
+    options = {"rows": args.rows, "chunk": args.chunk, "batch_invariant": batch_invariant}
+    with Engine(model, args.policy, args.budget, tokenizer=tokenizer, **options) as engine:
+        start = time.perf_counter()
+        together = [request.tokens for request in engine.generate(prompts, params)]
+        middle = time.perf_counter()
+        alone = [engine.generate([prompt], params, progress=False)[0].tokens for prompt in prompts]
+        end = time.perf_counter()
+    first = [
+        next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), None)
+        for a, b in zip(together, alone, strict=True)
+    ]
+    return {
+        "batch_invariant": batch_invariant,
+        "same": round(first.count(None) / len(first), 4),
+        "first_difference": sorted(i for i in first if i is not None),
+        "same_tokens_before_it": round(
+            sum(args.tokens if i is None else i for i in first) / len(first) / args.tokens, 4
+        ),
+        "seconds": round(middle - start, 1),
+        "seconds_alone": round(end - middle, 1),
+    }
 
 
 def main():
@@ -62,25 +80,12 @@ def main():
     model = AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, args.dtype)).to(device).eval()
     model.config._name_or_path = args.model
     prompts = passages(tokenizer, args.text, args.requests, *args.lengths)
-    together, seconds = answers(model, tokenizer, prompts, args.rows, args)
-    alone, seconds_alone = answers(model, tokenizer, prompts, 1, args)
-    same = [a == b for a, b in zip(together, alone, strict=True)]
-    first = [
-        next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), None)
-        for a, b in zip(together, alone, strict=True)
-    ]
     facts = {name: getattr(args, name) for name in ("model", "policy", "dtype", "budget", "chunk", "rows", "requests")}
     result = {
         **facts,
         "tokens": args.tokens,
         "prompt_tokens": [min(map(len, prompts)), max(map(len, prompts))],
-        "same": round(sum(same) / len(same), 4),
-        "first_difference": sorted(i for i in first if i is not None),
-        "same_tokens_before_it": round(
-            sum(args.tokens if i is None else i for i in first) / len(first) / args.tokens, 4
-        ),
-        "seconds": round(seconds, 1),
-        "seconds_alone": round(seconds_alone, 1),
+        "engines": [measure(model, tokenizer, prompts, args, invariant) for invariant in (False, True)],
     }
     save(args.name, result, args.folder)
 

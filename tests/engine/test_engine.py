@@ -11,6 +11,7 @@ from alone import BUDGET, CHUNK, alone, long, prompt
 from trimkv import Engine, SamplingParams
 from trimkv.cache import fused
 from trimkv.cache.policies import POLICIES, make
+from trimkv.engine.runner import Runner
 
 LENGTHS = ((5, 30), (40, 12), (17, 25), (90, 8), (3, 40), (61, 20), (8, 1), (16, 33))  # prompt, output
 FIXED = [name for name, cls in POLICIES.items() if not cls.grows and not cls.selects]
@@ -86,6 +87,19 @@ def test_rows_that_rest_on_the_fused_kernels_change_nothing(model, policy, monke
         engine.runner.lag, engine.runner.few_sizes = 1, True
         found = run_with_arrivals(engine, [(prompt(p), long(n)) for p, n in LENGTHS])
     assert [request.tokens for request in found] == expected
+
+
+def test_a_batch_invariant_engine_gives_the_same_bits_beside_others(monkeypatch):
+    """In bf16, where a sum in another order would say other things: every step is one of all rows."""
+    model = tiny.gated("qwen3").bfloat16()
+    sizes, step = [], Runner._step
+    monkeypatch.setattr(Runner, "_step", lambda self, size, kind: sizes.append(size) or step(self, size, kind))
+    requests = [(prompt(p), long(n, temperature=0.8, seed=3)) for p, n in LENGTHS]
+    with Engine(model, "trimkv", BUDGET, rows=5, chunk=CHUNK, batch_invariant=True) as engine:
+        together = engine.generate(*zip(*requests, strict=True), progress=False)
+        single = [engine.generate([prompt], params, progress=False)[0] for prompt, params in requests]
+    assert [request.tokens for request in together] == [request.tokens for request in single]
+    assert set(sizes) == {5}
 
 
 def test_other_policies_than_those_with_fixed_memory_are_refused(model):

@@ -30,6 +30,16 @@ def test_a_request_gets_what_it_gets_alone(model, policy, fast_start):
     assert [request.tokens for request in found] == [alone(model, policy, prompt(p), n) for p, n in LENGTHS]
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_batch_invariant_engine_gives_the_same_bits_beside_others(fused):
+    model = tiny.gated("qwen3").to("cuda", torch.bfloat16)
+    prompts, params = [prompt(p) for p, _ in LENGTHS], [long(n, temperature=0.8, seed=3) for _, n in LENGTHS]
+    with Engine(model, "trimkv", BUDGET, rows=7, chunk=CHUNK, fused=fused, batch_invariant=True) as engine:
+        together = engine.generate(prompts, params, progress=False)
+        single = [engine.generate([one], own, progress=False)[0] for one, own in zip(prompts, params, strict=True)]
+    assert [request.tokens for request in together] == [request.tokens for request in single]
+
+
 @pytest.mark.parametrize("policy", ["trimkv", "streaming_llm", "keydiff", "random"])
 def test_prompts_read_by_graphs_say_what_prompts_read_without_say(monkeypatch, model, policy):
     """Shorter than a chunk, whole chunks and one token more, fewer and more tokens than slots; a kept prefix, too."""

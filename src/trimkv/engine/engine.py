@@ -66,6 +66,10 @@ class Engine:
             of a kind are slow.
         fused: decode steps with whole layers as a few launches each. None: on a GPU, where the model's layers are
             recognised; the log says why not.
+        batch_invariant: a request's answer is the same to the last bit whatever runs beside it in this engine. Every
+            step then takes all rows, also those that are free. Otherwise a step takes as many as it needs, its sums are
+            made in another order than those of a larger one, and in bf16 two tokens that are nearly as likely may
+            change places.
 
     Raises:
         ValueError: a policy, budget or model that cannot be served in fixed memory, missing gates; the message says
@@ -87,6 +91,7 @@ class Engine:
         compile: bool = False,
         fast_start: bool = False,
         fused: bool | None = None,
+        batch_invariant: bool = False,
     ):
         for name, value, least in (("rows", rows, 1), ("chunk", chunk, 1), ("prefixes", prefixes, 0)):
             if value < least:
@@ -101,7 +106,7 @@ class Engine:
         context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         self.max_prompt_tokens = max_prompt_tokens or context or 2**31 - 1
         self.max_tokens = None if policy.bounded else budget.tokens  # of a request, where nothing is to be evicted
-        self.runner = Runner(model, policy, budget, rows, chunk, prefixes, compile, fast_start, fused)
+        self.runner = Runner(model, policy, budget, rows, chunk, prefixes, compile, fast_start, fused, batch_invariant)
         self.memory = self.runner.memory
         logger.info("engine of %d rows: %s", rows, ", ".join(f"{k} {v:,} B" for k, v in self.memory.items()))
 

@@ -35,6 +35,7 @@ class Runner:
         compile: whether to compile the small parts of layers that graphs are made of, which takes a while.
         fast_start: on a GPU, graphs are captured when they are first needed and not all at the start.
         fused: decode steps with whole layers as a few launches; None: on a GPU, where the model is recognised.
+        batch_invariant: every step is one of all R rows, so that sums are made in one order whoever else runs.
 
     Attributes:
         fixed_chunks: whether every chunk of a prompt is the same work (``FixedStaging``), unless the policy observes.
@@ -57,7 +58,9 @@ class Runner:
         compile: bool = False,
         fast_start: bool = False,
         fused: bool | None = None,
+        batch_invariant: bool = False,
     ):
+        self.batch_invariant = batch_invariant
         self.model, self.num_rows, self.chunk, self.prefixes = model, rows, chunk, prefixes
         self.ranks = ranks_of(model)
         self.device, self.on_gpu = model.device, model.device.type == "cuda"
@@ -176,6 +179,8 @@ class Runner:
 
     def _bucket(self, rows: int) -> int:
         """Rows that a step takes for so many."""
+        if self.batch_invariant:
+            return self.num_rows
         return min(1 << (rows - 1).bit_length(), self.num_rows) if self.few_sizes else rows
 
     def results(self, all_of_them: bool):
