@@ -1,50 +1,71 @@
-"""The trained baselines for smollm2, LocRet and SeerAttention-R, on the data of its gates and as many tokens as their
-first two stages had: 1,700 steps. The gates' third stage of 700 steps came later and is not matched; SeerAttention-R's
-loss fell by 3 % in its last 500 steps.
+"""The trained baselines for smollm2, LocRet and SeerAttention-R: the data of its gates, as many tokens, and texts as
+long. Their first stage is 1,700 steps where the gates have two; the others are shaped like the gates' third and fourth.
 
     python recipes/smollm2.py prepare --source DATA --output texts             # once, and answer, as for the gates
-    python recipes/smollm2_baselines.py --data texts --output heads            # one GPU; writes heads/METHOD
-    torchrun --nproc-per-node 4 recipes/smollm2_baselines.py ...               # the same batches on four GPUs
+    python recipes/smollm2_baselines.py --data texts --output heads            # one GPU; writes heads/METHOD/STAGE
+    torchrun --nproc-per-node 2 recipes/smollm2_baselines.py ...               # the same batches on two GPUs
+    python recipes/smollm2_baselines.py --data texts --output heads --from bundled --stages longer longest
 
 What differs from the published settings, in favour of the baselines unless said otherwise:
 - widths: a retaining head of 64 instead of 1024 and block gates of 32 instead of 128, so that the weights (3.7 MB and
   2.2 MB in fp16) are no larger than those of our gates;
 - blocks of 16 tokens instead of 64: a budget of 64 is then 4 blocks and not 1;
-- batches of 8 samples of 2,048 tokens and 1,700 steps; higher learning rates for the narrow heads,
-  and a warm-up of a tenth of LocRet's steps instead of two thirds.
+- batches of 16,384 tokens and 2,900 steps; higher learning rates for the narrow heads, and a warm-up of a tenth of
+  LocRet's steps instead of two thirds.
 """
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import smollm2
 
+from trimkv.gates.head_sets import bundled_heads, load_heads
 from trimkv.train import processes
+from trimkv.train.config import GateConfig
 from trimkv.train.data import PackedTexts
 from trimkv.train.heads import HeadConfig, train_heads
 
 METHODS = ("locret", "seer_attention_r")
 
 
-def tokens_of_the_gates() -> int:
-    """What smollm2's gates have seen in their first two stages."""
-    stages = smollm2.decay(), smollm2.eviction()
-    return sum(c.steps * c.batch_size * c.accumulation * c.context for c in stages)
+def stages(method: str) -> dict[str, HeadConfig]:
+    """The training of one baseline: every stage has the steps, contexts and batches of gates' stages."""
+    first, longer, longest = smollm2.eviction(), smollm2.longer(), smollm2.shared()
+    return {
+        "first": _config(method, smollm2.decay(), first.steps + smollm2.decay().steps, learning_rate=3e-3),
+        "longer": _config(method, longer, longer.steps, learning_rate=1e-3),
+        "longest": _config(method, longest, longest.steps, learning_rate=1e-3),
+    }
 
 
-def config(method: str, steps: int | None = None, batch_size: int = 8, context: int = 2048) -> HeadConfig:
-    """The training of one baseline; as many tokens as the gates had unless ``steps`` are given."""
-    steps = steps or round(tokens_of_the_gates() / (batch_size * context))
-    same = {"steps": steps, "batch_size": batch_size // processes.count(), "context": context, "save_steps": 500}
-    same["compile"] = True
+def _config(method: str, gates: GateConfig, steps: int, learning_rate: float) -> HeadConfig:
+    same = {"steps": steps, "batch_size": gates.batch_size, "context": gates.context, "seed": gates.seed}
+    same |= {"learning_rate": learning_rate, "save_steps": 250, "compile": True}
     if method == "locret":
-        return HeadConfig.locret(width=64, learning_rate=3e-3, warmup_steps=steps // 10, **same)
-    return HeadConfig.seer_attention_r(width=32, block_size=16, learning_rate=3e-3, **same)
+        return HeadConfig.locret(width=64, warmup_steps=steps // 10, **same)
+    return HeadConfig.seer_attention_r(width=32, block_size=16, **same)
 
 
-def train_baselines(data: Path, output: Path, model_name="smollm2", methods=METHODS, steps=None, resume=False) -> None:
-    """Trains the baselines one after the other and writes output/METHOD."""
+def train_baselines(
+    data: Path,
+    output: Path,
+    model_name: str = "smollm2",
+    methods=METHODS,
+    only=None,
+    begin: str | None = None,
+    steps: int | None = None,
+    resume: bool = False,
+) -> None:
+    """Trains the baselines one after the other and writes output/METHOD/STAGE.
+
+    Args:
+        only: names of stages; None takes all.
+        begin: heads that the first of these stages starts from: "bundled", or a folder with one of each METHOD.
+        steps: of each stage, in place of its own.
+        resume: the first of these stages goes on from its last checkpoint.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -63,15 +84,32 @@ def train_baselines(data: Path, output: Path, model_name="smollm2", methods=METH
     if model_name == "smollm2":
         meta["base_sha256"] = embedded.weights_sha256()
     for method in methods:
-        settings = config(method, steps)
-        samples = settings.steps * settings.batch_size * settings.accumulation * processes.count()
-        dataset = PackedTexts(smollm2.sources(data), tokenizer, settings.context, seed=settings.seed, samples=samples)
-        shown = smollm2.printer(20, ("loss", "grad_norm"))
-        result = train_heads(model, dataset, settings, output / method, None, resume, meta, [shown])
-        history = result.pop("history")
-        if processes.number() == 0:
-            print(json.dumps({**result, "last": history[-1]}), flush=True)
+        heads = begin and load_heads(bundled_heads(method)["smollm2"] if begin == "bundled" else Path(begin) / method)
+        for name, settings in stages(method).items():
+            if only and name not in only:
+                continue
+            settings = replace(settings, batch_size=settings.batch_size // processes.count())
+            if steps:
+                settings = replace(settings, steps=steps)
+            samples = settings.steps * settings.batch_size * settings.accumulation * processes.count()
+            dataset = PackedTexts(
+                smollm2.sources(data), tokenizer, settings.context, seed=settings.seed, samples=samples
+            )
+            before = {"earlier_stages": _stages_of(heads.meta)} if heads else {}
+            shown = smollm2.printer(20, ("loss", "grad_norm"))
+            folder = output / method / name
+            result = train_heads(model, dataset, settings, folder, heads, resume, meta | before, [shown])
+            history, resume = result.pop("history"), False
+            if processes.number() == 0:
+                print(json.dumps({"stage": name, **result, "last": history[-1]}), flush=True)
+            processes.wait()
+            heads = load_heads(folder)
     processes.leave()
+
+
+def _stages_of(meta: dict) -> list[dict]:
+    """What heads have gone through so far."""
+    return [*meta.get("earlier_stages", ()), {name: meta[name] for name in ("settings", "steps", "tokens")}]
 
 
 def main():
@@ -80,10 +118,13 @@ def main():
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--model", default="smollm2", help="alias or folder")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--resume", action="store_true", help="from the last checkpoint of the method")
+    parser.add_argument("--stages", nargs="+", choices=tuple(stages(METHODS[0])), help="[default: all]")
+    parser.add_argument("--from", dest="begin", help="heads to start from: bundled, or a folder with METHOD in it")
+    parser.add_argument("--steps", type=int, help="of each stage")
+    parser.add_argument("--resume", action="store_true", help="the first stage from its last checkpoint")
     args = parser.parse_args()
-    train_baselines(args.data, args.output, args.model, args.methods, args.steps, args.resume)
+    chosen = args.methods, args.stages, args.begin
+    train_baselines(args.data, args.output, args.model, *chosen, args.steps, args.resume)
 
 
 if __name__ == "__main__":

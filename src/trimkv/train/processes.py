@@ -27,10 +27,18 @@ def take_gpu() -> None:
     torch.cuda.set_device(local)
 
 
+def wait() -> None:
+    """Until all processes are here: what number 0 has written can be read."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+
+
 def leave() -> None:
     """Ends the communication, so that the launcher has nothing to warn of."""
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():
-        dist.barrier()
+        wait()
         dist.destroy_process_group()
