@@ -339,7 +339,7 @@ class TestWhatAUserCanMend:
             (["--text", "nowhere.txt"], ["nowhere.txt"]),
             (["--text", "{tmp}/bad.jsonl"], ["bad.jsonl, line 1"]),
             (["--text", "{tmp}/good.txt", "--budgets", "a,b"], ["--budgets"]),
-            (["--text", "{tmp}/good.txt", "--budgets", ","], ["--budgets is empty"]),
+            (["--text", "{tmp}/good.txt", "--budgets", ","], ["--budgets ,", "whole numbers"]),
             (["--text", "{tmp}/good.txt", "--budgets", "64,0"], ["at least 1"]),
             (["--text", "{tmp}/good.txt", "--policies", "full,nope"], ["'nope'", "streaming_llm"]),
             (["--text", "{tmp}/good.txt", "--policies", "trimkv"], ["needs trained gates"]),

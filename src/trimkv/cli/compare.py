@@ -14,7 +14,7 @@ import click
 
 from . import loading, reading, show
 from .errors import UserError, mendable, one_line
-from .options import model_options, output_options, sharing_options
+from .options import model_options, numbers, output_options, sharing_options
 from .partial import Partial, digest, trained_parts
 
 ALL = "all"
@@ -214,15 +214,8 @@ def _names(text: str | None) -> tuple[str, ...]:
 def _budgets(o: SimpleNamespace) -> list:
     from ..budget import Budget
 
-    text = o.budgets
-    try:
-        numbers = [int(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise UserError(f"--budgets {text}: expected whole numbers with commas between, such as 64,128") from None
-    if not numbers:
-        raise UserError("--budgets is empty")
     with mendable():
-        return [Budget(number, scope=o.scope, floor=o.floor, split=o.split) for number in dict.fromkeys(numbers)]
+        return [Budget(number, scope=o.scope, floor=o.floor, split=o.split) for number in numbers(o, "budgets")]
 
 
 def _check_output(output: str | None) -> None:

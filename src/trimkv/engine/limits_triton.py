@@ -101,14 +101,25 @@ def _adjust_kernel(
 
 
 @triton.jit
+def _middle(low, high):
+    """Half way between two ranks, whose sum may be no int32."""
+    return (low & high) + ((low ^ high) >> 1)
+
+
+@triton.jit
+def _half(low, high, middle, found):
+    """The half in which the least rank lies for which something is ``found``, as it is for all above it."""
+    return tl.where(found, low, middle + 1), tl.where(found, middle, high)
+
+
+@triton.jit
 def _nth_rank(ranks, n):
     """The n-th largest of these ranks, or LOW where there are fewer: the least rank with fewer than n above it."""
     low, high = tl.full((), LOW, tl.int32), tl.full((), HIGH, tl.int32)
     for _ in range(32):
-        middle = (low & high) + ((low ^ high) >> 1)
+        middle = _middle(low, high)
         enough = tl.sum((ranks > middle).to(tl.int32), 0) < n
-        high = tl.where(enough, middle, high)
-        low = tl.where(enough, low, middle + 1)
+        low, high = _half(low, high, middle, enough)
     return high
 
 
@@ -118,10 +129,9 @@ def _nucleus_rank(ranks, top, mass):
     low, high = tl.full((), LOW, tl.int32), tl.full((), HIGH, tl.int32)
     share = tl.exp(_ranked(ranks) - top)
     for _ in range(32):
-        middle = (low & high) + ((low ^ high) >> 1)
+        middle = _middle(low, high)
         little = tl.sum(tl.where(ranks > middle, share, 0.0), 0) < mass
-        high = tl.where(little, middle, high)
-        low = tl.where(little, low, middle + 1)
+        low, high = _half(low, high, middle, little)
     return high
 
 
@@ -194,21 +204,19 @@ def _lowest_kernel(
         else:
             low, high = tl.full((), LOW, tl.int32), tl.full((), HIGH, tl.int32)
             for _ in range(32):
-                middle = (low & high) + ((low ^ high) >> 1)
+                middle = _middle(low, high)
                 count, _mass = _above(x, V, middle, top, CANDIDATES)
-                high = tl.where(count < n, middle, high)
-                low = tl.where(count < n, low, middle + 1)
+                low, high = _half(low, high, middle, count < n)
             last = high
             count, among = _above(x, V, last, top, CANDIDATES)
             among += (n - count) * tl.exp(_ranked(last) - top)
             mass = p * tl.where(k > 0, among, whole)
             low, high = last, tl.full((), HIGH, tl.int32)
             for _ in range(32):
-                middle = (low & high) + ((low ^ high) >> 1)
+                middle = _middle(low, high)
                 _count, above_mass = _above(x, V, middle, top, CANDIDATES)
                 little = (above_mass < mass) | (p >= 1)
-                high = tl.where(little, middle, high)
-                low = tl.where(little, low, middle + 1)
+                low, high = _half(low, high, middle, little)
             rank = high
         found = tl.where(rank == LOW, float("-inf"), _ranked(rank))
     tl.store(lowest + row, found)
