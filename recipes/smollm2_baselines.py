@@ -34,9 +34,9 @@ METHODS = ("locret", "seer_attention_r")
 
 def stages(method: str) -> dict[str, HeadConfig]:
     """The training of one baseline: every stage has the steps, contexts and batches of gates' stages."""
-    first, longer, longest = smollm2.eviction(), smollm2.longer(), smollm2.shared()
+    decay, eviction, longer, longest = (stage() for stage in smollm2.STAGES.values())
     return {
-        "first": _config(method, smollm2.decay(), first.steps + smollm2.decay().steps, learning_rate=3e-3),
+        "first": _config(method, decay, decay.steps + eviction.steps, learning_rate=3e-3),
         "longer": _config(method, longer, longer.steps, learning_rate=1e-3),
         "longest": _config(method, longest, longest.steps, learning_rate=1e-3),
     }

@@ -154,7 +154,7 @@ def main() -> None:
     result = {"work": work(folder, True), "refusals": refusals(folder), "time": alone_in_time(folder, rank)}
     (folder / f"result-{rank}.json").write_text(json.dumps(result))
     torch.distributed.barrier()
-    os._exit(0)  # all is said; taking gloo's threads down in good order has aborted a process now and then
+    os._exit(0)  # all is said; a process was seen to abort while it took gloo's threads down
 
 
 if __name__ == "__main__":
