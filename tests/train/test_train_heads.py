@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+import interpreter
 import tiny
 import trimkv
 from trimkv.cache.rotation import rotation_of
@@ -18,6 +19,8 @@ from trimkv.train.heads import HeadConfig, HeadStudent, before_rotation, train_h
 
 KINDS = list(PLACES)
 CONTEXT = 24
+INTERPRETED = interpreter.INTERPRETED
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process of test_the_kernels_in_the_interpreter")
 
 
 class Samples(torch.utils.data.Dataset):
@@ -122,6 +125,82 @@ def test_seers_target_is_the_pooled_attention(monkeypatch):
     assert got["kl"].item() == pytest.approx(sum(kls) / len(kls), rel=1e-4)
     assert task.index.shape[1] == 7  # of 15 + 9 tokens, the most
     assert got["distillation"].item() == pytest.approx(10 * sum(kls) / len(kls) / 7, rel=1e-4)
+
+
+def target_errors(B, H, G, T, D, size, dtype, device="cpu", softcap=None, aux=False, monkeypatch=None):
+    """Relative RMS of the kernel's loss and of its gradients, on packed documents of odd lengths and padding."""
+    if monkeypatch is not None:
+        monkeypatch.setattr("trimkv.train.head_losses.FUSED_QUERIES", 32)
+    torch.manual_seed(T + D)
+    first = torch.rand(B, T) < 5 / T
+    first[:, 0] = True
+    first[0, T // 2 : T // 2 + 3] = True  # documents of one token
+    start = torch.where(first, torch.arange(T), 0).cummax(1).values
+    mask = torch.ones(B, T, dtype=torch.bool)
+    mask[-1, -T // 5 :], start[-1, -T // 5 :] = False, torch.arange(T)[-T // 5 :]
+    if B > 1:  # padding to the left
+        mask[0, :4], start[0, :4] = False, torch.arange(4)
+        start[0, 4:] = start[0, 4:].clamp_min(4)
+    q = torch.randn(B, T, H * G, D, device=device).to(dtype).transpose(1, 2)
+    k = torch.randn(B, H, T, D, device=device).to(dtype)
+    s_aux = torch.randn(H * G, device=device) if aux else None
+    gate = BlockGate(H, G, D, width=8, block_size=size).to(device)
+    gate.initialise(std=0.5)
+    documents = Documents.of(start.to(device), start.to(device), mask.to(device))
+    found = []
+    for name, given in (("torch", (q.float(), k.float())), ("triton", (q, k))):
+        task = SeerTask(documents, size, implementation=name)
+        kl = task.losses(gate, *given, q.float() + 1, k.float() - 1, 0.5 * D**-0.5, softcap, s_aux)["kl"]
+        found.append([kl, *torch.autograd.grad(kl, list(gate.parameters()))])
+    return [((a - b).norm() / b.norm()).item() for b, a in zip(*found, strict=True)]
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "shape, dtype, options",
+    [
+        ((2, 2, 3, 77, 16, 4), torch.float32, {}),
+        ((3, 1, 1, 130, 24, 16), torch.float32, {"softcap": 0.4}),
+        ((2, 1, 2, 150, 64, 64), torch.float16, {"aux": True}),
+        ((1, 2, 1, 70, 80, 1), torch.float32, {}),
+    ],
+)
+def test_interpreted_shares_are_those_of_torch(shape, dtype, options, monkeypatch):
+    errors = target_errors(*shape, dtype, **options, monkeypatch=monkeypatch)
+    assert max(errors) < (1e-4 if dtype == torch.float32 else 1e-3), errors
+
+
+def test_the_kernels_in_the_interpreter():
+    pytest.importorskip("triton")
+    interpreter.run_interpreted_tests(__file__)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "shape, options",
+    [
+        ((2, 3, 3, 2048, 64, 16), {}),
+        ((3, 2, 4, 1000, 128, 64), {"softcap": 0.4}),
+        ((2, 1, 8, 777, 256, 128), {"aux": True}),
+        ((2, 2, 1, 515, 80, 32), {"aux": True, "softcap": 0.4}),
+        ((2, 2, 1, 300, 96, 1), {}),
+    ],
+)
+def test_shares_on_a_gpu_are_those_of_torch(shape, options, dtype):
+    errors = target_errors(*shape, dtype, "cuda", **options)
+    assert max(errors) < (1e-4 if dtype == torch.float32 else 1e-3), errors
+
+
+def test_the_kernel_says_what_it_cannot_do():
+    ids = tiny.tokens(1, CONTEXT)
+    q, k, _ = attention_inputs(B=1)
+    for size, problem in ((4, "CUDA"), (12, "power of two")):
+        gate = BlockGate(2, 3, 8, width=6, block_size=size)
+        task = SeerTask(Documents.of(ids, None, None), size, implementation="triton")
+        with pytest.raises(ValueError, match=problem):
+            task.losses(gate, q, k, q, k, 0.3)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "phi3", "glm4", "stablelm", "gpt_oss"])

@@ -6,6 +6,7 @@ Shapes: B rows, T tokens, H KV heads, G query heads a group, N blocks of a row. 
 
 import functools
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from ..attention.slots import logits
 
 QUERIES = {"cpu": 128, "cuda": 512}  # that have logits at a time: [B, H, G, 512, T]
+FUSED_QUERIES = 2048  # that have shares of blocks at a time: [B, Q, 2048, N]
 
 
 @dataclass
@@ -51,9 +53,9 @@ class Documents:
         return (index <= index[part, None]) & (self.start[:, None, :] == self.start[:, part, None])
 
 
-def parts(chosen_BT: torch.Tensor) -> list[slice]:
+def parts(chosen_BT: torch.Tensor, size: int | None = None) -> list[slice]:
     """Blocks of queries, those without a chosen one left out. Waits for the device; once a batch."""
-    T, size = chosen_BT.shape[1], QUERIES.get(chosen_BT.device.type, QUERIES["cpu"])
+    T, size = chosen_BT.shape[1], size or QUERIES.get(chosen_BT.device.type, QUERIES["cpu"])
     found = F.pad(chosen_BT.any(0), (0, -T % size)).view(-1, size).any(1).tolist()
     return [slice(i * size, min((i + 1) * size, T)) for i, any_there in enumerate(found) if any_there]
 
@@ -140,7 +142,8 @@ class SeerTask:
     Args:
         block_size: tokens per block; a document's first block begins with it.
         share: of a document whose queries count.
-        compile: whether to compile what reads the logits.
+        compile: whether to compile what reads the logits, where they are not left to the kernel.
+        implementation: of the target: "torch", "triton", or "auto", triton where it can.
     """
 
     documents: Documents
@@ -148,11 +151,12 @@ class SeerTask:
     share: float = 0.5
     weight: float = 10.0
     compile: bool = False
+    implementation: str = "auto"
 
     def __post_init__(self):
         documents = self.documents
         self.rows = documents.late(self.share)
-        self.parts = parts(self.rows)
+        self.parts: dict[bool, list[slice]] = {}  # of queries, for the kernel and without it
         first = (documents.position % self.block_size == 0) & documents.real
         self.block = (first.cumsum(1) - 1).clamp_min(0)  # [B, T]
         N = int(first.sum(1).max())
@@ -191,6 +195,32 @@ class SeerTask:
         best = best.masked_fill_(~self.there[:, None, None], 0.0).amax(-1)
         return best / best.sum(-1, keepdim=True).clamp_min(1e-9)
 
+    @torch.no_grad()
+    def fused_target(self, part: slice, q, k_blocks, scaling, softcap=None, s_aux=None) -> torch.Tensor:
+        """``target`` from keys that lie block after block, [B, H, N, block_size, D]."""
+        from . import head_losses_triton
+
+        T = q.shape[2]
+        where = self.members.where(self.there, T).int(), self.documents.start.int(), self.block.int()
+        best = head_losses_triton.block_shares(q, part, k_blocks, *where, scaling, softcap, s_aux)
+        best = best.unflatten(1, (k_blocks.shape[1], -1)).amax(2)
+        return best / best.sum(-1, keepdim=True).clamp_min(1e-9)
+
+    def in_blocks(self, k: torch.Tensor) -> torch.Tensor:
+        """The keys block after block, [B, H, N, block_size, D]; anything where a block has no such token."""
+        members = self.members.flatten(1)[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
+        return k.gather(2, members).unflatten(2, self.members.shape[1:])
+
+    def _problem(self, q: torch.Tensor) -> str | None:
+        """Why the kernel cannot do it, or is not to."""
+        if self.implementation == "torch":
+            return "torch is asked for"
+        if find_spec("triton") is None:
+            return "Triton is not installed"
+        from . import head_losses_triton
+
+        return head_losses_triton.unsupported(q, self.block_size)
+
     def visible(self, part: slice) -> torch.Tensor:
         """bool [B, t, N]: blocks of a query's document that began before it."""
         index = torch.arange(self.rows.shape[1], device=self.rows.device)[part, None]
@@ -201,11 +231,21 @@ class SeerTask:
 
         Args:
             q, k: rotated; q_plain, k_plain: before rotation.
+
+        Raises:
+            ValueError: the kernel is asked for by name and cannot do this.
         """
+        problem = self._problem(q)
+        if problem is not None and self.implementation == "triton":
+            raise ValueError(f'{problem}: use implementation="torch"')
+        fused = problem is None
+        target_of, keys = (self.fused_target, self.in_blocks(k)) if fused else (self.target, k)
+        if fused not in self.parts:
+            self.parts[fused] = parts(self.rows, FUSED_QUERIES if fused else None)
         summary = gate.summary(self.pooled(k_plain), self.begin)
         total = summary.new_zeros(())
-        for part in self.parts:
-            target = self.target(part, q, k, scaling, softcap, s_aux)
+        for part in self.parts[fused]:
+            target = target_of(part, q, keys, scaling, softcap, s_aux)
             query = gate.query(q_plain[:, :, part], self.documents.position[:, part])
             visible = self.visible(part)[:, None]
             logp = gate.logits(query, summary).masked_fill(~visible, -1e20).log_softmax(-1)

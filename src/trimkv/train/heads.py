@@ -41,6 +41,7 @@ class HeadConfig:
         clip: largest norm of the gradient.
         clip_value: largest entry of the gradient, in place of ``clip``.
         compile: fuse what reads the attention logits with torch.compile: half a minute's wait on a GPU, then faster.
+            For locret; seer_attention_r has a kernel for blocks of a power of two up to 128 tokens.
     """
 
     method: str
