@@ -1,5 +1,7 @@
 """The products for Hopper, compiled: they cannot be interpreted, and test_products_gpu.py runs them."""
 
+import re
+
 import pytest
 import torch
 
@@ -40,6 +42,10 @@ def test_two_programs_fit_on_a_multiprocessor(kind, rows):
     assert "st.global" not in before, "nothing is written before it waits"
     loop = hopper.between(ptx, "wgmma.wait_group", "wgmma.mma_async")
     assert any("bar.sync" in line for line in loop) and any("fence.proxy.async" in line for line in loop)
+    after = ptx[ptx.rindex("wgmma.wait_group") :].partition("st.shared")
+    settled = re.search(r"cp\.async\.wait_group\s+0x?0?;", after[0])
+    assert settled, "zeros past the last block may land on sums"
+    assert not after[1] or "bar.sync" in after[0][settled.end() :], "other threads' copies are not awaited"
 
 
 @pytest.mark.parametrize(

@@ -232,8 +232,12 @@ def _linear_kernel(
     else:
         acc = warpgroup_mma_wait(0, deps=[going])
         up = acc
+    # Copies past the last block are zeros that may still be on their way, to where sums will stand.
+    async_copy.wait_group(0)
 
     last = True
+    if SPLITS == 1 and HAS_NORM:
+        _barrier()
     if SPLITS > 1:
         each: gl.constexpr = BN * BM * (2 if GATED else 1)
         inner = gl.arange(0, BN, gl.SliceLayout(1, MMA))[:, None] * BM + m[None, :]
