@@ -1,7 +1,7 @@
 """The trained baselines for smollm2, LocRet and SeerAttention-R: the data of its gates, as many tokens, and texts as
 long. Their first stage is 1,700 steps where the gates have two; the others are shaped like the gates' third and fourth.
-Bundled are heads after the first stage: the others made LocRet's worse (docs/LOG.md), SeerAttention-R's have yet to
-finish them.
+Bundled are LocRet's heads after the first stage, as the others made them worse (docs/LOG.md), and SeerAttention-R's
+after the last.
 
     python recipes/smollm2.py prepare --source DATA --output texts             # once, and answer, as for the gates
     python recipes/smollm2_baselines.py --data texts --output heads            # one GPU; writes heads/METHOD/STAGE

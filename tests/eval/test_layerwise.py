@@ -229,3 +229,28 @@ def test_the_head_is_the_models_own(name):
         head = layerwise.Head(model, type(out))
         assert torch.equal(head(out.last_hidden_state.flatten(0, 1)), model(ids).logits.flatten(0, 1))
         assert "forward" not in model.get_decoder().__dict__
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name, options", STRATEGIES[:-1])
+@pytest.mark.parametrize("budget", [Budget(9), Budget(14, sinks=2, recent=5)])
+def test_a_captured_replay_keeps_what_a_loop_keeps(name, options, budget, monkeypatch):
+    model = gated("qwen3").cuda()
+    ids = tokens(3, 120).cuda()
+    captures = []
+    monkeypatch.setattr(
+        torch.cuda, "graph", lambda *a, _graph=torch.cuda.graph, **k: captures.append(1) or _graph(*a, **k)
+    )
+
+    def kept():
+        cache = replay_cache(model, make(name, **options), budget)
+        model(ids, past_key_values=cache)
+        return [layer.last for layer in cache.slot_layers]
+
+    captured = kept()
+    assert len(captures) == len(captured)
+    monkeypatch.setattr("trimkv.cache.replay.FEW", 1000)
+    for ours, loop in zip(captured, kept(), strict=True):
+        assert torch.equal(ours, loop) and (loop < 119).sum() == 3 * loop.shape[1] * (120 - budget.tokens)
+    assert len(captures) == len(captured)

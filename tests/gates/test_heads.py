@@ -148,4 +148,6 @@ def test_bundled_heads_are_no_bundled_gates():
 def test_heads_of_the_default_model_ship(kind):
     heads = load_heads(bundled_heads(kind)["smollm2"])
     assert heads.kind == kind and sorted(heads.layers) == list(range(30))
-    assert heads.meta["tokens"] == 1700 * 8 * 2048
+    stages = [*heads.meta.get("earlier_stages", ()), heads.meta]
+    assert [stage["tokens"] for stage in stages] == [tokens * 2**14 for tokens in (1700, 700, 500)][: len(stages)]
+    assert len(stages) == (1 if kind == "locret" else 3)

@@ -9,10 +9,12 @@ from ..attention import slots as attention
 from ..budget import Budget
 from .bounded import BoundedCache
 from .build import bounded_cache
+from .graph import WARM_UP
 from .layers import BoundedLayer
 from .policies import Policy
 from .slots import NewTokens, Slots
 
+FEW = 32  # steps that are not worth a capture
 QUERIES = 128  # that attend together: a mask is [B, H, 128, M + 128], or as wide as what is kept, never T x T
 
 
@@ -121,22 +123,42 @@ def last_steps(tokens: Slots, policy: Policy, M: int, sinks: int = 0, recent: in
         {name: t[:, :, :M].clone() for name, t in tokens.state.items()},
         tokens.layer,
     )
-    scalars = [(held.position, tokens.position), *((held.state[name], t) for name, t in tokens.state.items())]
-    scalars = [(where, t.unbind(2)) for where, t in scalars]
-    vectors = [(where, t) for where, t in ((held.k, tokens.k), (held.v, tokens.v)) if where is not None]
-    evicted = []
-    for t in range(M, T):
-        now = tokens.position[:, :1, t : t + 1]
+    moving = [(held.position, tokens.position), *((held.state[name], t) for name, t in tokens.state.items())]
+    moving += [(where, t) for where, t in ((held.k, tokens.k), (held.v, tokens.v)) if where is not None]
+    evicted = torch.empty_like(tokens.position[:, :, M:])
+    turn = torch.full((1,), M, device=evicted.device)  # the arriving token
+
+    def step() -> None:
+        now = tokens.position[:, :1].index_select(2, turn)
         recent_from = now - (recent - 1) if recent > 1 else None  # the arriving token is one of the recent
         score = attention.protect(policy.score(held, now), held.position, sinks, recent_from, any_empty=False)
         slot = attention.victim(score, held.position)
-        evicted.append(held.position.gather(2, slot))
-        for where, new in scalars:
-            where.scatter_(2, slot, new[t][..., None])
-        for where, new in vectors:
-            where.scatter_(2, slot[..., None].expand(*slot.shape, new.shape[-1]), new[:, :, t : t + 1])
+        evicted.index_copy_(2, turn - M, held.position.gather(2, slot))
+        for where, new in moving:
+            at = slot if new.dim() == 3 else slot[..., None].expand(*slot.shape, new.shape[-1])
+            where.scatter_(2, at, new.index_select(2, turn))
+        turn.add_(1)
+
+    _repeat(step, T - M, evicted.device)
     steps = tokens.position[:, :, M - 1 : T - 1]  # evicted at step t: last seen at t - 1
-    return last.scatter(2, torch.cat(evicted, 2).long(), steps)
+    return last.scatter(2, evicted.long(), steps)
+
+
+def _repeat(step: Callable[[], None], times: int, device: torch.device) -> None:
+    """Takes a step so many times, whose host knows nothing of which it is; on a GPU captured after the first few."""
+    if device.type == "cuda" and times > FEW:
+        times -= WARM_UP
+        for _ in range(WARM_UP):
+            step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            step()
+        for _ in range(times):
+            graph.replay()
+        torch.cuda.current_stream(device).synchronize()  # its memory goes with the graph
+    else:
+        for _ in range(times):
+            step()
 
 
 def _seen_by(tokens: Slots, last: torch.Tensor, start: int, end: int, M: int) -> tuple[Slots, torch.Tensor]:

@@ -175,13 +175,10 @@ class SeerTask:
     @torch.no_grad()
     def pooled(self, k: torch.Tensor) -> torch.Tensor:
         """fp32 [B, H, N, 3 D]: largest, smallest and mean coordinates of the keys in each block."""
-        B, H, T, D = k.shape
-        k, real = k.float(), self.documents.real[:, None, :, None]
-        index = self.block[:, None, :, None].expand_as(k)
-        empty = k.new_full((B, H, self.index.shape[1], D), float("-inf"))
-        high = empty.scatter_reduce(2, index, k.where(real, float("-inf")), "amax")
-        low = -empty.scatter_reduce(2, index, (-k).where(real, float("-inf")), "amax")
-        mean = torch.zeros_like(empty).scatter_add(2, index, k * real) / self.tokens[:, None, :, None].clamp_min(1)
+        x, there = self.in_blocks(k.float()), self.there[:, None, :, :, None]
+        high = x.masked_fill(~there, float("-inf")).amax(3)
+        low = x.masked_fill(~there, float("inf")).amin(3)
+        mean = x.masked_fill(~there, 0.0).sum(3) / self.tokens[:, None, :, None].clamp_min(1)
         pooled = torch.cat([high, low, mean], -1)
         return pooled.masked_fill(self.tokens[:, None, :, None] == 0, 0.0)
 
