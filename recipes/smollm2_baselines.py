@@ -6,7 +6,7 @@ after the last.
     python recipes/smollm2.py prepare --source DATA --output texts             # once, and answer, as for the gates
     python recipes/smollm2_baselines.py --data texts --output heads            # one GPU; writes heads/METHOD/STAGE
     torchrun --nproc-per-node 2 recipes/smollm2_baselines.py ...               # the same batches on two GPUs
-    python recipes/smollm2_baselines.py --data texts --output heads --from bundled --stages longer longest
+    python recipes/smollm2_baselines.py --data texts --output heads --from DIR --stages longer longest   # DIR/METHOD
 
 What differs from the published settings, in favour of the baselines unless said otherwise:
 - widths: a retaining head of 64 instead of 1024 and block gates of 32 instead of 128, so that the weights (3.7 MB and

@@ -171,6 +171,7 @@ class SeerTask:
         self.members = members.clamp_max(first.shape[1] - 1)
         there = torch.arange(self.block_size, device=first.device) < self.tokens[..., None]
         self.there = there & (self.index < first.shape[1])[..., None]
+        self.places = self.members.where(self.there, first.shape[1]).int(), documents.start.int(), self.block.int()
 
     @torch.no_grad()
     def pooled(self, k: torch.Tensor) -> torch.Tensor:
@@ -197,9 +198,7 @@ class SeerTask:
         """``target`` from keys that lie block after block, [B, H, N, block_size, D]."""
         from . import head_losses_triton
 
-        T = q.shape[2]
-        where = self.members.where(self.there, T).int(), self.documents.start.int(), self.block.int()
-        best = head_losses_triton.block_shares(q, part, k_blocks, *where, scaling, softcap, s_aux)
+        best = head_losses_triton.block_shares(q, part, k_blocks, *self.places, scaling, softcap, s_aux)
         best = best.unflatten(1, (k_blocks.shape[1], -1)).amax(2)
         return best / best.sum(-1, keepdim=True).clamp_min(1e-9)
 
