@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "linear": {"device", "overlap"},
     "cache": {"attention", "linear", "budget", "ranks", "device"},
     "engine": {"cache", "gates", "attention", "budget", "embedded", "ranks"},
-    "train": {"gates", "attention", "budget", "ranks", "texts"},
+    "train": {"gates", "attention", "budget", "ranks", "texts", "device"},
     "eval": {"engine", "cache", "gates", "budget", "texts"},
     "server": {"engine"},
     "bench": {"cache", "gates", "attention", "linear", "budget", "train", "device"},
