@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+import hopper
 import interpreter
 import tiny
 import trimkv
@@ -191,6 +192,22 @@ def test_the_kernels_in_the_interpreter():
 def test_shares_on_a_gpu_are_those_of_torch(shape, options, dtype):
     errors = target_errors(*shape, dtype, "cuda", **options)
     assert max(errors) < (1e-4 if dtype == torch.float32 else 1e-3), errors
+
+
+@pytest.mark.parametrize("stages, kilobytes", [(1, 99), (2, 227)])
+def test_the_largest_blocks_fit_in_shared_memory(stages, kilobytes):
+    pytest.importorskip("triton")
+    from trimkv.train import head_losses_triton as kernels
+
+    pointers = {name: "*fp32" for name in ("q", "k", "s_aux", "shares")}
+    pointers |= {name: "*i32" for name in ("index", "start", "block")}
+    numbers = {name: "i32" for name in ("q_b", "q_h", "q_t", "H", "T", "N", "t0", "t1")}
+    numbers |= {"scaling": "fp32", "softcap": "fp32"}
+    sizes = {"G": 4, "D": 256, "BD": 256, "S": kernels.LARGEST_BLOCK, "BM": 32, "BN": kernels.LARGEST_BLOCK}
+    constants = {**sizes, "HAS_CAP": True, "HAS_AUX": True}
+    options = {"num_warps": 4, "num_stages": stages}
+    kernel = hopper.compiled(kernels._shares_kernel, pointers | numbers, constants, **options)
+    assert kernel.metadata.shared <= kilobytes * 1024
 
 
 def test_the_kernel_says_what_it_cannot_do():

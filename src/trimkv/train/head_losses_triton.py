@@ -60,7 +60,8 @@ def block_shares(
             *q.stride()[:3],
             *(H, T, N, part.start, part.start + t, scaling, softcap or 0.0),
             **dict(G=Q // H, D=D, BD=max(16, triton.next_power_of_2(D)), S=S, BM=BM, BN=max(BN, S)),
-            **dict(HAS_CAP=softcap is not None, HAS_AUX=s_aux_Q is not None, num_warps=4, num_stages=2),
+            **dict(HAS_CAP=softcap is not None, HAS_AUX=s_aux_Q is not None),
+            **dict(num_warps=4, num_stages=2 if device.much_shared_memory(q) else 1),
         )
     return shares
 
