@@ -3,11 +3,22 @@
 Triton launches on the current device, which need not be the tensor's: launches stand within torch.cuda.device_of.
 """
 
+import functools
 import os
 
 import torch
 
 HOPPER_BYTES = 227 * 1024  # of shared memory for one block of threads
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton can be imported; it is installed with torch for CUDA."""
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def runs_kernels(x: torch.Tensor) -> bool:

@@ -128,10 +128,8 @@ def test_seers_target_is_the_pooled_attention(monkeypatch):
     assert got["distillation"].item() == pytest.approx(10 * sum(kls) / len(kls) / 7, rel=1e-4)
 
 
-def target_errors(B, H, G, T, D, size, dtype, device="cpu", softcap=None, aux=False, monkeypatch=None):
+def target_errors(B, H, G, T, D, size, dtype, device="cpu", softcap=None, aux=False):
     """Relative RMS of the kernel's loss and of its gradients, on packed documents of odd lengths and padding."""
-    if monkeypatch is not None:
-        monkeypatch.setattr("trimkv.train.head_losses.FUSED_QUERIES", 32)
     torch.manual_seed(T + D)
     first = torch.rand(B, T) < 5 / T
     first[:, 0] = True
@@ -167,7 +165,8 @@ def target_errors(B, H, G, T, D, size, dtype, device="cpu", softcap=None, aux=Fa
     ],
 )
 def test_interpreted_shares_are_those_of_torch(shape, dtype, options, monkeypatch):
-    errors = target_errors(*shape, dtype, **options, monkeypatch=monkeypatch)
+    monkeypatch.setattr("trimkv.train.head_losses.FUSED_QUERIES", 32)
+    errors = target_errors(*shape, dtype, **options)
     assert max(errors) < (1e-4 if dtype == torch.float32 else 1e-3), errors
 
 

@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import torch
 
+from .. import device
+
 VARIANTS = ("additive", "multiplicative")
 IMPLEMENTATIONS = ("auto", "torch", "triton")
 # Torch path: queries per block (on a CPU the block should stay in cache), and weights per block in all heads together.
@@ -51,7 +53,7 @@ def decayed_attention(
         ValueError: shapes that do not fit, an unknown name, or "triton" for what it cannot do.
     """
     _check(q_BQTD, k_BHTD, v_BHTD, log_beta_BHT, start_BT, s_aux_Q, variant, implementation)
-    if implementation == "triton" or (implementation == "auto" and q_BQTD.is_cuda and _have_triton()):
+    if implementation == "triton" or (implementation == "auto" and q_BQTD.is_cuda and device.has_triton()):
         from . import decay_triton
 
         problem = decay_triton.unsupported(q_BQTD, v_BHTD, variant)
@@ -79,14 +81,6 @@ def _check(q, k, v, log_beta, start, s_aux, variant, implementation):
         raise ValueError(f"start is {tuple(start.shape)}: one per token, {(B, T)}, is needed")
     if s_aux is not None and s_aux.shape != (Q,):
         raise ValueError(f"s_aux is {tuple(s_aux.shape)}: one per query head, {(Q,)}, is needed")
-
-
-def _have_triton() -> bool:
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 class _Blocks(torch.autograd.Function):

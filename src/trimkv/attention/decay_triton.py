@@ -193,6 +193,28 @@ def _tanh(x):
 
 
 @triton.jit
+def _scaled(dot, scaling, softcap, HAS_CAP: tl.constexpr):
+    """Base-2 logits from q . k."""
+    if HAS_CAP:
+        x = _tanh(dot * (scaling / softcap)) * (softcap * LOG2E)
+    else:
+        x = dot * (scaling * LOG2E)
+    return x
+
+
+@triton.jit
+def _no_key_yet(s_aux, head, BM: tl.constexpr, HAS_AUX: tl.constexpr):
+    """The largest logit and the sum that a running softmax begins with: those of the sink, where there is one."""
+    if HAS_AUX:
+        top = tl.zeros([BM], tl.float32) + tl.load(s_aux + head) * LOG2E
+        total = tl.zeros([BM], tl.float32) + 1.0
+    else:
+        top = tl.zeros([BM], tl.float32) + NOTHING
+        total = tl.zeros([BM], tl.float32)
+    return top, total
+
+
+@triton.jit
 def _key_ranges(start, i0, T, BM: tl.constexpr, BN: tl.constexpr, HAS_START: tl.constexpr):
     """Blocks of keys for queries from i0: [lo, full) needs start, [full, near) no mask, [near, i0 + BM) both masks."""
     near = i0 // BN * BN
@@ -273,12 +295,7 @@ def _forward_kernel(
         first = tl.load(start + i, mask=i < T, other=0).to(tl.int32)
     queries = _load(q + row * q_b + head * q_h, i, q_t, T, D, BD, RAGGED)
     acc = tl.zeros([BM, BD], tl.float32)
-    if HAS_AUX:
-        top = tl.zeros([BM], tl.float32) + tl.load(s_aux + head) * LOG2E
-        total = tl.zeros([BM], tl.float32) + 1.0
-    else:
-        top = tl.zeros([BM], tl.float32) + NOTHING
-        total = tl.zeros([BM], tl.float32)
+    top, total = _no_key_yet(s_aux, head, BM, HAS_AUX)
     lo, full, near, hi = _key_ranges(start, i0, T, BM, BN, HAS_START)
     if HAS_START:
         acc, total, top = _forward_part(

@@ -9,10 +9,10 @@ become T * C + T^2 / (2 * C). Both factors are at most 1: nothing can overflow. 
 Shapes: B rows, H KV heads, T tokens, N = B * H, C tokens in a block, A = T / C blocks.
 """
 
-from importlib.util import find_spec
-
 import torch
 import torch.nn.functional as F
+
+from .. import device
 
 CPU_ELEMENTS = 1 << 19  # numbers in flight at a time on a CPU: few enough to stay in its cache
 GPU_ELEMENTS = 1 << 26
@@ -35,7 +35,7 @@ def retention_sum(
     """
     if implementation == "auto":
         fits = log_beta_BHT.is_cuda and log_beta_BHT.dtype != torch.float64
-        implementation = "triton" if fits and find_spec("triton") else "torch"
+        implementation = "triton" if fits and device.has_triton() else "torch"
     assert implementation in ("torch", "triton"), implementation
     B, _, T = log_beta_BHT.shape
     assert start_BT is None or start_BT.shape == (B, T), start_BT.shape

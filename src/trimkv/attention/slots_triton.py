@@ -27,7 +27,7 @@ import triton.language as tl
 
 from .. import device, overlap
 from . import slots
-from .decay_triton import EXACT, LOG2E, NOTHING, _strides, _tanh
+from .decay_triton import EXACT, LOG2E, NOTHING, _scaled, _strides
 
 SCORES = ("retention", "position", "none")
 LN2 = tl.constexpr(0.6931471805599453)
@@ -454,16 +454,6 @@ def _read(ptr, rows, stride, seen, D: tl.constexpr, BD: tl.constexpr):
     if D != BD:
         mask = mask & (column[None, :] < D)
     return tl.load(ptr + rows[:, None] * stride + column[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def _scaled(dot, scaling, softcap, HAS_CAP: tl.constexpr):
-    """Base-2 logits from q . k."""
-    if HAS_CAP:
-        x = _tanh(dot * (scaling / softcap)) * (softcap * LOG2E)
-    else:
-        x = dot * (scaling * LOG2E)
-    return x
 
 
 @triton.jit

@@ -20,7 +20,8 @@ Shapes: B rows, T tokens, H KV heads, Q query heads, G = Q/H, D head dim.
 import torch
 import torch.nn.functional as F
 
-from .decay import _check, _have_triton
+from .. import device
+from .decay import _check
 
 # The border is looked for in this range of log(-log beta) + log(age), and found to (HIGHEST - LOWEST) / 2 ** HALVINGS.
 LOWEST, HIGHEST, HALVINGS = -20.0, 12.0, 14
@@ -63,7 +64,7 @@ def soft_eviction_attention(
     worth_BHT = log_beta_BHT.to(torch.promote_types(log_beta_BHT.dtype, torch.float32)).neg().clamp(min=1e-30).log()
     ages_T = torch.arange(q_BQTD.shape[2], device=q_BQTD.device, dtype=worth_BHT.dtype)
     log_ages_T = ages_T.clamp(min=YOUNGEST).log()
-    if implementation == "triton" or (implementation == "auto" and q_BQTD.is_cuda and _have_triton()):
+    if implementation == "triton" or (implementation == "auto" and q_BQTD.is_cuda and device.has_triton()):
         from . import soft_eviction_triton
 
         problem = soft_eviction_triton.unsupported(q_BQTD, v_BHTD)

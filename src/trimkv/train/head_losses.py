@@ -6,11 +6,11 @@ Shapes: B rows, T tokens, H KV heads, G query heads a group, N blocks of a row. 
 
 import functools
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 
+from .. import device
 from ..attention.slots import logits
 
 QUERIES = {"cpu": 128, "cuda": 512}  # that have logits at a time: [B, H, G, 512, T]
@@ -156,7 +156,6 @@ class SeerTask:
     def __post_init__(self):
         documents = self.documents
         self.rows = documents.late(self.share)
-        self.parts: dict[bool, list[slice]] = {}  # of queries, for the kernel and without it
         first = (documents.position % self.block_size == 0) & documents.real
         self.block = (first.cumsum(1) - 1).clamp_min(0)  # [B, T]
         N = int(first.sum(1).max())
@@ -173,6 +172,14 @@ class SeerTask:
         self.there = there & (self.index < first.shape[1])[..., None]
         self.places = self.members.where(self.there, first.shape[1]).int(), documents.start.int(), self.block.int()
 
+    @functools.cached_property
+    def parts(self) -> list[slice]:
+        return parts(self.rows)
+
+    @functools.cached_property
+    def fused_parts(self) -> list[slice]:
+        return parts(self.rows, FUSED_QUERIES)
+
     @torch.no_grad()
     def pooled(self, k: torch.Tensor) -> torch.Tensor:
         """fp32 [B, H, N, 3 D]: largest, smallest and mean coordinates of the keys in each block."""
@@ -184,23 +191,21 @@ class SeerTask:
         return pooled.masked_fill(self.tokens[:, None, :, None] == 0, 0.0)
 
     @torch.no_grad()
-    def target(self, part: slice, q, k, scaling, softcap=None, s_aux=None) -> torch.Tensor:
-        """fp32 [B, H, t, N], each row sums to one."""
+    def _largest(self, part: slice, q, k, scaling, softcap=None, s_aux=None) -> torch.Tensor:
+        """The largest probability in each block, fp32 [B, H, t, N]."""
         largest = compiled(largest_shares) if self.compile else largest_shares
         x = largest(q[:, :, part], k, self.documents.sees(part), scaling, softcap, s_aux)
         members = self.members.flatten(1)[:, None, None].expand(*x.shape[:3], -1)
         best = x.gather(3, members).unflatten(3, self.members.shape[1:])
-        best = best.masked_fill_(~self.there[:, None, None], 0.0).amax(-1)
-        return best / best.sum(-1, keepdim=True).clamp_min(1e-9)
+        return best.masked_fill_(~self.there[:, None, None], 0.0).amax(-1)
 
     @torch.no_grad()
-    def fused_target(self, part: slice, q, k_blocks, scaling, softcap=None, s_aux=None) -> torch.Tensor:
-        """``target`` from keys that lie block after block, [B, H, N, block_size, D]."""
+    def _largest_fused(self, part: slice, q, k_blocks, scaling, softcap=None, s_aux=None) -> torch.Tensor:
+        """The same from keys that lie block after block, [B, H, N, block_size, D]."""
         from . import head_losses_triton
 
         best = head_losses_triton.block_shares(q, part, k_blocks, *self.places, scaling, softcap, s_aux)
-        best = best.unflatten(1, (k_blocks.shape[1], -1)).amax(2)
-        return best / best.sum(-1, keepdim=True).clamp_min(1e-9)
+        return best.unflatten(1, (k_blocks.shape[1], -1)).amax(2)
 
     def in_blocks(self, k: torch.Tensor) -> torch.Tensor:
         """The keys block after block, [B, H, N, block_size, D]; anything where a block has no such token."""
@@ -211,7 +216,7 @@ class SeerTask:
         """Why the kernel cannot do it, or is not to."""
         if self.implementation == "torch":
             return "torch is asked for"
-        if find_spec("triton") is None:
+        if not device.has_triton():
             return "Triton is not installed"
         from . import head_losses_triton
 
@@ -235,13 +240,12 @@ class SeerTask:
         if problem is not None and self.implementation == "triton":
             raise ValueError(f'{problem}: use implementation="torch"')
         fused = problem is None
-        target_of, keys = (self.fused_target, self.in_blocks(k)) if fused else (self.target, k)
-        if fused not in self.parts:
-            self.parts[fused] = parts(self.rows, FUSED_QUERIES if fused else None)
+        largest, keys = (self._largest_fused, self.in_blocks(k)) if fused else (self._largest, k)
         summary = gate.summary(self.pooled(k_plain), self.begin)
         total = summary.new_zeros(())
-        for part in self.parts[fused]:
-            target = target_of(part, q, keys, scaling, softcap, s_aux)
+        for part in self.fused_parts if fused else self.parts:
+            target = largest(part, q, keys, scaling, softcap, s_aux)
+            target = target / target.sum(-1, keepdim=True).clamp_min(1e-9)
             query = gate.query(q_plain[:, :, part], self.documents.position[:, part])
             visible = self.visible(part)[:, None]
             logp = gate.logits(query, summary).masked_fill(~visible, -1e20).log_softmax(-1)

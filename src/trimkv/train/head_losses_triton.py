@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 
 from .. import device
-from ..attention.decay_triton import EXACT, LOG2E, NOTHING, _load, _tanh
+from ..attention import decay_triton
+from ..attention.decay_triton import EXACT, _load, _no_key_yet, _scaled
 
 TILES = {64: (128, 64), 128: (64, 64), 256: (32, 32)}  # head dim up to: (BM, BN), BN at least one block
 LARGEST_BLOCK = 128
@@ -19,11 +20,9 @@ LARGEST_BLOCK = 128
 
 def unsupported(q: torch.Tensor, block_size: int) -> str | None:
     """Why the kernel cannot do this, or None."""
-    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16) or q.shape[-1] > 256:
-        return f"the kernel takes fp32, bf16 and fp16 heads of at most 256, not {q.dtype} of {q.shape[-1]}"
     if block_size & (block_size - 1) or block_size > LARGEST_BLOCK:
         return f"the kernel takes blocks of a power of two up to {LARGEST_BLOCK} tokens, not {block_size}"
-    return None if device.runs_kernels(q) else "the kernel needs CUDA tensors (or TRITON_INTERPRET=1)"
+    return decay_triton.unsupported(q, q, "additive")
 
 
 def block_shares(
@@ -49,7 +48,8 @@ def block_shares(
     q = q_BQTD if q_BQTD.stride(-1) == 1 else q_BQTD.contiguous()
     (B, Q, T, D), (H, N, S) = q.shape, k_BHNSD.shape[1:4]
     t = min(part.stop, T) - part.start
-    BM, BN = TILES[64 if D <= 64 else 128 if D <= 128 else 256]
+    BD = max(16, triton.next_power_of_2(D))
+    BM, BN = TILES[max(64, BD)]
     if q.dtype == torch.float32:
         BM, BN = 32, 32
     shares = torch.zeros(B, Q, t, N, device=q.device)
@@ -59,7 +59,7 @@ def block_shares(
             *(block_BT.contiguous(), None if s_aux_Q is None else s_aux_Q.float(), shares),
             *q.stride()[:3],
             *(H, T, N, part.start, part.start + t, scaling, softcap or 0.0),
-            **dict(G=Q // H, D=D, BD=max(16, triton.next_power_of_2(D)), S=S, BM=BM, BN=max(BN, S)),
+            **dict(G=Q // H, D=D, BD=BD, S=S, BM=BM, BN=max(BN, S)),
             **dict(HAS_CAP=softcap is not None, HAS_AUX=s_aux_Q is not None),
             **dict(num_warps=4, num_stages=2 if device.much_shared_memory(q) else 1),
         )
@@ -73,8 +73,7 @@ def _visible_logits(
     """Base-2 logits of a tile, and which of them count."""
     j = tl.load(index + n, mask=n < keys, other=T)
     x = tl.dot(q, tl.trans(_load(k, n, D, keys, D, BD, True)), input_precision=EXACT)
-    x = _tanh(x * (scaling / softcap)) * (softcap * LOG2E) if HAS_CAP else x * (scaling * LOG2E)
-    return x, (j[None, :] <= i[:, None]) & (j[None, :] >= first[:, None])
+    return _scaled(x, scaling, softcap, HAS_CAP), (j[None, :] <= i[:, None]) & (j[None, :] >= first[:, None])
 
 
 @triton.jit
@@ -96,12 +95,7 @@ def _shares_kernel(
     queries = _load(q + row * q_b + head * q_h, i, q_t, t1, D, BD, True)
     lo = tl.load(block + tl.load(start + i0)) * S // BN * BN
     hi = (tl.load(block + tl.minimum(i0 + BM, t1) - 1) + 1) * S
-    if HAS_AUX:
-        top = tl.zeros([BM], tl.float32) + tl.load(s_aux + head) * LOG2E
-        total = tl.zeros([BM], tl.float32) + 1.0
-    else:
-        top = tl.zeros([BM], tl.float32) + NOTHING
-        total = tl.zeros([BM], tl.float32)
+    top, total = _no_key_yet(s_aux, head, BM, HAS_AUX)
     for n0 in range(lo, hi, BN):
         n = n0 + tl.arange(0, BN)
         x, sees = _visible_logits(queries, k, index, i, first, n, keys, T, scaling, softcap, D, BD, HAS_CAP)

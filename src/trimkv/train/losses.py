@@ -4,10 +4,11 @@ Shapes: B rows, T tokens, E hidden size, V vocabulary, H KV heads (of one layer,
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
+
+from .. import device
 
 KINDS = ("kl", "ntp", "reverse_kl")
 IGNORED = -100
@@ -140,7 +141,7 @@ class _Sums(torch.autograd.Function):
 
 def _fused(student: torch.Tensor, kinds: Sequence[str]):
     """The kernel that does it all at once, where it can."""
-    if not student.is_cuda or student.dtype == torch.float64 or find_spec("triton") is None:
+    if not student.is_cuda or student.dtype == torch.float64 or not device.has_triton():
         return None
     from . import losses_triton
 
