@@ -254,7 +254,7 @@ def test_what_cannot_be_static_is_refused(model):
         (lambda: trimkv.bounded_cache(model, "seer_attention_r", 64, rows=2), "keeps every decoded token"),
         (lambda: trimkv.bounded_cache(model, "trimkv", Budget(12, scope="layer"), rows=2), "scope head"),
         (lambda: trimkv.bounded_cache(model, "trimkv", 12, rows=0), "at least 1"),
-        (lambda: trimkv.bounded_cache(tiny.build("gemma2"), "streaming_llm", 12, rows=2), "sliding_attention"),
+        (lambda: trimkv.bounded_cache(tiny.build("gemma2"), "streaming_llm", 12, rows=2), "sliding window"),
         (lambda: step(model, cache, torch.tensor([3, 4, 5])), "for 2 rows, and got 3"),
         (lambda: cache.batch_repeat_interleave(2), "cannot be repeated"),
         (lambda: cache.restore(staged(model, "trimkv", 12, tiny.tokens(1, 5)).snapshot(), 0, rows=3), "for 2 rows"),

@@ -118,7 +118,7 @@ def test_a_request_that_the_full_cache_has_no_room_for_is_refused(model):
 
 
 def test_models_that_cannot_be_served_row_by_row_are_refused():
-    with pytest.raises(ValueError, match="sliding_attention.*full attention only.*use model.generate"):
+    with pytest.raises(ValueError, match="sliding window.*full attention only.*use model.generate"):
         Engine(tiny.build("gemma2"), "streaming_llm", 16)
     rope = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "rope_theta": 1e4}
     rope["original_max_position_embeddings"] = 64

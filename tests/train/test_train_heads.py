@@ -12,9 +12,9 @@ import interpreter
 import tiny
 import trimkv
 from trimkv.cache.rotation import rotation_of
-from trimkv.gates.attach import attention_modules
 from trimkv.gates.head_sets import PLACES, attach_heads, new_heads
 from trimkv.gates.heads import BlockGate
+from trimkv.hf.model import full_attention_modules
 from trimkv.train.head_losses import QUERIES, Documents, LocretTask, SeerTask
 from trimkv.train.heads import HeadConfig, HeadStudent, before_rotation, train_heads
 
@@ -222,7 +222,7 @@ def test_the_kernel_says_what_it_cannot_do():
 @pytest.mark.parametrize("name", ["llama", "qwen3", "phi3", "glm4", "stablelm", "gpt_oss"])
 def test_training_and_decoding_agree_on_what_was_before_rotation(name):
     model = tiny.build(name)
-    module = list(attention_modules(model).values())[-1]
+    module = list(full_attention_modules(model).values())[-1]
     q, k, position = torch.randn(1, 4, 9, 16), torch.randn(1, 2, 9, 16), torch.arange(9)[None]
     rotary = model.get_decoder().rotary_emb
     back_q, back_k = before_rotation(module, q, k, *rotary(q, position))

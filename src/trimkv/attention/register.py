@@ -1,5 +1,9 @@
 """Gives slot attention a name that stock transformers models know: ``attn_implementation="trimkv"``."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -8,6 +12,18 @@ from transformers.masking_utils import sdpa_mask
 from . import slots
 
 NAME = "trimkv"
+
+_observer: ContextVar[Callable | None] = ContextVar("attention observer", default=None)
+
+
+def hand_over(key: torch.Tensor, layer) -> torch.Tensor:
+    """Marks keys that a cache layer gives back from ``update``, so that the attention that gets them finds the layer.
+
+    The mark is on the tensor: it belongs to this call alone, whatever other threads or caches do with the same model.
+    """
+    key = key.view_as(key)  # a tensor object of its own
+    key.trimkv_layer = layer
+    return key
 
 
 def trimkv_attention(
@@ -24,21 +40,28 @@ def trimkv_attention(
 ):
     """Attention of one layer, in the signature of transformers' AttentionInterface.
 
-    A layer whose slots were handed over by the cache's hook (``module.slots_in_use``) attends to those slots. Every
-    other layer (sliding windows, a model without a bounded cache) behaves like sdpa, with softcap and s_aux honoured.
+    Keys that come from a bounded cache layer (``hand_over``) attend to that layer's slots. Every other call (sliding
+    windows, a model without a bounded cache) behaves like sdpa, with softcap and s_aux honoured.
 
     Args:
         query: [B, Q, T, D] rotated; key, value: [B, H, T, D], the new tokens only where slots are in use.
 
     Returns:
         ([B, T, Q, D], None): attention weights are never materialised.
+
+    Raises:
+        ValueError: attention for which slots would give a wrong answer, see ``BoundedLayer.attend``.
     """
+    observer = _observer.get()
+    if observer is not None:
+        return observer(module, query, key, value, attention_mask, scaling=scaling, softcap=softcap, s_aux=s_aux)
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     if hasattr(s_aux, "to_local"):  # a parameter that is sharded by heads, as the queries are
         s_aux = s_aux.to_local()
-    layer = module.__dict__.pop("slots_in_use", None)
+    layer = getattr(key, "trimkv_layer", None)
     if layer is not None:
+        _check_plain(module, attention_mask, query.shape[2], kwargs)
         out = layer.attend(module, query, key, value, scaling, softcap, s_aux)
         return out.transpose(1, 2).contiguous(), None
     if softcap is None and s_aux is None:
@@ -49,6 +72,37 @@ def trimkv_attention(
     elif mask is not None and mask.dtype != torch.bool:
         mask = mask == 0  # a caller's additive mask
     return slots.attend(query, key, value, mask, scaling, softcap, s_aux).transpose(1, 2).contiguous(), None
+
+
+def _check_plain(module, mask: torch.Tensor | None, num_new: int, options: dict) -> None:
+    """Refuses what the rule of positions can't give: later tokens that are seen, as within an image, and biases.
+
+    A mask is looked at once, whatever the number of layers that get it; on a GPU this waits for the device.
+
+    Args:
+        mask: as the model has made it, [B, 1 or Q, T, S], bool (True = may attend) or additive; None = causal.
+    """
+    if options.get("position_bias") is not None:
+        raise ValueError(f"{type(module).__name__} adds a bias to its attention; slots can't serve that")
+    if mask is None or num_new == 1 or getattr(mask, "trimkv_checked", False) or mask.ndim != 4:
+        return
+    own = mask[:, :, -num_new:, -num_new:]
+    if bool((own if own.dtype == torch.bool else own == 0).triu(1).any()):
+        raise ValueError(
+            f"{type(module).__name__} lets tokens attend to later ones, as within an image, and slots serve causal "
+            "attention alone: give it text, or use the stock cache"
+        )
+    mask.trimkv_checked = True
+
+
+@contextmanager
+def observed_by(observer: Callable) -> Iterator[None]:
+    """Within it, and in this thread alone, ``observer`` is called in the place of ``trimkv_attention``."""
+    token = _observer.set(observer)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
 
 
 def register() -> str:

@@ -12,6 +12,7 @@ from ..cache import fused
 from ..cache.build import bounded_cache
 from ..cache.graph import DecodeStep
 from ..cache.prefill import prefill
+from ..hf.calls import with_cache
 from . import fill
 from .measure import Wrong, milliseconds, row
 from .models import step_weights, token_bytes
@@ -118,7 +119,7 @@ def _stepper(model, cache, compiled: bool = False):
     def step(token_B: torch.Tensor) -> torch.Tensor:
         if compiled:
             torch.compiler.cudagraph_mark_step_begin()
-        out = forward(input_ids=token_B[:, None], past_key_values=cache, use_cache=True)
+        out = forward(input_ids=token_B[:, None], use_cache=True, **with_cache(model, cache))
         return out.logits[:, -1].clone() if compiled else out.logits[:, -1]
 
     return step
@@ -155,15 +156,15 @@ def _gate(model, system: str, o: Options) -> tuple[torch.Tensor, torch.Tensor]:
         step = o.step(model, static, system)
         got = torch.stack([step(token).clone() for token in rest])
         with fused.plain_torch():
-            plain = [model(token[:, None], past_key_values=read[1]).logits[:, -1] for token in rest]
+            plain = [model(token[:, None], **with_cache(model, read[1])).logits[:, -1] for token in rest]
         return got, torch.stack(plain)
     _stock(model)
     stock = DynamicCache(config=model.config)
-    model(prompt, past_key_values=stock)
-    expect = torch.stack([model(token[:, None], past_key_values=stock).logits[:, -1] for token in rest])
+    model(prompt, **with_cache(model, stock))
+    expect = torch.stack([model(token[:, None], **with_cache(model, stock)).logits[:, -1] for token in rest])
     if system == "stock-static":
         cache = fill.static(model, 2, 0, GATE_PROMPT + GATE_STEPS)
-        model(prompt, past_key_values=cache)
+        model(prompt, **with_cache(model, cache))
         step = _stepper(model, cache)
     else:
         cache = bounded_cache(model, "full", GATE_PROMPT + GATE_STEPS, rows=2)

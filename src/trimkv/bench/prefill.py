@@ -9,6 +9,7 @@ from transformers import DynamicCache
 from ..attention import reference
 from ..cache.build import bounded_cache
 from ..cache.prefill import prefill as feed
+from ..hf.calls import with_cache
 from .decode import TOLERANCE, _stock
 from .measure import Wrong, milliseconds, row
 
@@ -63,7 +64,7 @@ def measure(model, options: Options, matmul: float) -> Iterator[dict]:
 def _read(model, system: str, ids: torch.Tensor, budget: int, chunk: int) -> torch.Tensor:
     if system == "stock-dynamic":
         _stock(model)
-        return model(ids, past_key_values=DynamicCache(config=model.config), logits_to_keep=1).logits[:, -1]
+        return model(ids, logits_to_keep=1, **with_cache(model, DynamicCache(config=model.config))).logits[:, -1]
     cache = bounded_cache(model, system, budget, chunk=chunk)
     return feed(model, cache, ids, chunk=chunk)
 

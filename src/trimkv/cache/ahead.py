@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
+from ..hf.lasting import lasting
 from . import fused
 from .layers import BoundedLayer
 
@@ -30,6 +31,7 @@ class Ahead:
             by the host.
     """
 
+    @lasting
     def __init__(self, layers: list[BoundedLayer]):
         L, B, H = len(layers), len(layers[0].store.seen), layers[0].static.heads
         device = layers[0].static.device

@@ -8,6 +8,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, Linea
 
 from .ahead import Ahead
 from .layers import BoundedLayer, places
+from .masks import LateCheck
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,45 @@ class BoundedCache(Cache):
         if self.static and Ahead.possible(self.slot_layers):
             self.ahead = Ahead(self.slot_layers)
         self.long_rope = False  # whether kept keys carry LongRoPE's long rotations (rope.py)
+        self.given_mask: torch.Tensor | None = None  # of the call around the decoder's, where there is one (hooks.py)
+        self.late_check = LateCheck()
+        self.hooks = None  # on the decoder that this cache is used with
 
-    def bind(self, model) -> None:
-        """Called by the model's hook at the start of each forward; checks that the cache was made for such a model."""
-        num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    def bind(self, decoder) -> None:
+        """Called by the decoder's hook at the start of each forward; checks that the cache fits the decoder."""
+        num_layers = decoder.config.get_text_config(decoder=True).num_hidden_layers
         if len(self.layers) != num_layers:
-            raise ValueError(f"this cache has {len(self.layers)} layers, {type(model).__name__} has {num_layers}")
+            raise ValueError(f"this cache has {len(self.layers)} layers, {type(decoder).__name__} has {num_layers}")
+        self.hooks = decoder._trimkv_hooks
+
+    def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
+        """Hands new keys and values, [B, H, T, D], to a layer. Called by transformers' attention modules.
+
+        Raises:
+            RuntimeError: the model is stock again, and its attention would not see the slots.
+        """
+        if self.hooks is not None and self.hooks.removed:
+            raise RuntimeError("trimkv.detach took slot attention off this model: make a new cache with bounded_cache")
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def check_positions(self, position_ids: torch.Tensor | None) -> None:
+        """Refuses positions of several axes that differ (mrope, within an image) where the policy turns keys: it turns
+        them by the number of the token.
+
+        Args:
+            position_ids: [B, T], or [axes, B, T] of models with mrope.
+
+        Raises:
+            ValueError: such positions.
+        """
+        if position_ids is None or position_ids.ndim != 3:
+            return
+        policy = next(layer.policy for layer in self.slot_layers)
+        if "rotation" in policy.needs and bool((position_ids != position_ids[:1]).any()):
+            raise ValueError(
+                f"policy {policy.name} turns keys by their number in the text, and tokens of images have positions of "
+                "several axes; choose another policy, or give text alone"
+            )
 
     def reset(self) -> None:
         """Forgets every token, keeps the memory."""

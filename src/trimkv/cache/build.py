@@ -1,16 +1,15 @@
 """A bounded cache for a stock model."""
 
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
-
 from ..budget import Budget
+from ..hf.model import attention_modules, cache_layers, is_full_attention, key_heads, numbers, why_unserved
 from ..ranks import Part, part_of
 from .bounded import BoundedCache
-from .hooks import attention_modules, install
+from .hooks import install
 from .layers import BoundedLayer
 from .policies import POLICIES, Policy, make
 from .rotation import rotation_of
 from .shared import Share, SharedLayer
-from .static import check_static, heads_of, keys_of
+from .static import check_static, keys_of
 
 DEFAULT_CHUNK = 512
 
@@ -24,8 +23,9 @@ def bounded_cache(
 ) -> BoundedCache:
     """A cache that keeps at most ``budget`` tokens per KV head, for ever.
 
-    Puts two pre-hooks on the model (``detach`` takes them off) and selects the attention function that reads slots.
-    Layers with sliding windows or linear attention keep their own, already bounded, cache layers.
+    Puts a pre-hook on the model's decoder (``detach`` takes it off) and selects the attention that reads slots. Several
+    threads may each have a cache of their own on one model, beside others that call the model without one. Layers with
+    sliding windows or linear attention keep their own, already bounded, cache layers.
 
     Tensor parallel, for models that do not fit one GPU: start N processes with torchrun, load the model in each with
     ``from_pretrained(..., distributed_config=DistributedConfig(tp_plan="auto"))`` (or ``tp_plan="auto"``), and call
@@ -66,8 +66,9 @@ def bounded_cache(
         modules = attention_modules(model)
         for layer in layers:
             layer.allocate(keys_of(model, modules[layer.layer_idx]), rows)
-    install(model)
-    return BoundedCache(layers)
+    cache = BoundedCache(layers)
+    cache.hooks = install(model)
+    return cache
 
 
 def check_sharing(policy: Policy, budget: Budget) -> None:
@@ -86,25 +87,18 @@ def check_sharing(policy: Policy, budget: Budget) -> None:
 
 def make_layers(model, policy: Policy, budget: Budget, chunk: int | None) -> list:
     """One cache layer per model layer: slots for full attention, transformers' own for the rest."""
-    config = model.config.get_text_config(decoder=True)
-    types, options = get_layer_types_and_kwargs(config)
-    modules = attention_modules(model)
-    name = type(model).__name__
-    if getattr(config, "num_kv_shared_layers", None):
-        raise ValueError(f"{name} shares keys and values between layers; slots cannot serve that yet")
-    if "full_attention" not in types:
-        raise ValueError(f"{name} has no full-attention layer ({', '.join(sorted(set(types)))}): nothing to bound")
-    slot_layers = [i for i, kind in enumerate(types) if kind == "full_attention"]
-    missing = [i for i in slot_layers if i not in modules]
-    if missing or getattr(config, "kv_lora_rank", None):
-        raise ValueError(f"{name} keeps its keys in another form than heads x head_dim; slots cannot serve that yet")
-    parts = {i: part_of(model, modules[i], heads_of(model, modules[i])[0]) for i in slot_layers}
+    name, reason = type(model).__name__, why_unserved(model)
+    if reason is not None:
+        raise ValueError(f"a bounded cache can't serve {name}: it {reason}")
+    layers, modules = cache_layers(model), attention_modules(model)
+    slot_layers = [i for i, layer in enumerate(layers) if is_full_attention(layer)]
+    parts = {i: part_of(model, modules[i], key_heads(model, modules[i])[0]) for i in slot_layers}
     _check_parts(parts, policy, budget)
     if "log_beta" in policy.needs:
         bare = [i for i in slot_layers if getattr(modules[i], "retention_gate", None) is None]
         if bare:
             raise ValueError(
-                f"policy {policy.name} needs retention gates and {name} has none on layers {_ranges(bare)}; "
+                f"policy {policy.name} needs retention gates and {name} has none on layers {numbers(bare)}; "
                 "call trimkv.attach(model, gates) first, or choose a policy without training such as streaming_llm"
             )
     policy = policy.fitted({i: modules[i] for i in slot_layers})
@@ -115,7 +109,7 @@ def make_layers(model, policy: Policy, budget: Budget, chunk: int | None) -> lis
         slots = shared_layers(policy, budgets, chunk)
     else:
         slots = {i: BoundedLayer(policy, budgets[i], chunk, i, turns.get(i), parts[i]) for i in slot_layers}
-    return [slots[i] if i in slots else DYNAMIC_LAYER_TYPE_MAPPING[kind](**options) for i, kind in enumerate(types)]
+    return [slots.get(i, layer) for i, layer in enumerate(layers)]
 
 
 def _shares(policy: Policy, budget: Budget, modules: dict) -> list[float]:
@@ -159,7 +153,3 @@ def shared_layers(policy: Policy, budgets: dict[int, Budget], chunk: int | None)
         i: SharedLayer(policy, budget, chunk, i, one or Share(1), 0 if one is None else place)
         for place, (i, budget) in enumerate(budgets.items())
     }
-
-
-def _ranges(numbers: list[int]) -> str:
-    return f"{numbers[0]}..{numbers[-1]}" if len(numbers) > 2 else ", ".join(map(str, numbers))

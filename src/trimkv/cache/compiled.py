@@ -11,6 +11,8 @@ from contextlib import contextmanager
 
 import torch
 
+from ..hf.model import decoder_of
+from ..hf.substitute import stock, substituted
 from ..ranks import sharded
 
 ROTATION = "apply_rotary_pos_emb"  # in the file of every model that rotates its keys
@@ -18,25 +20,16 @@ ROTATION = "apply_rotary_pos_emb"  # in the file of every model that rotates its
 
 @contextmanager
 def compiled_parts(model) -> Iterator[None]:
-    """Within it, the small parts of a decoder run compiled; after it, the model is as it was."""
-    decoder = model.get_decoder()
+    """Within it, and in this thread alone, the small parts of a decoder run compiled."""
+    decoder = decoder_of(model)
     parts = [module for name, module in decoder.named_modules() if _is_part(name, module)]
     files = {sys.modules[type(module).__module__] for module in decoder.modules()}
     files = [file for file in files if hasattr(file, ROTATION)]
-    rotations = [getattr(file, ROTATION) for file in files]
-    try:
-        for module in parts:
-            module.forward = torch.compile(module.forward, dynamic=False)
-        for file, rotation in zip(files, rotations, strict=True):
-            setattr(file, ROTATION, torch.compile(rotation, dynamic=False))
-        # The norms of all layers, and of heads, are one code with a few shapes.
-        with torch._dynamo.config.patch(recompile_limit=64):
-            yield
-    finally:
-        for module in parts:
-            module.__dict__.pop("forward", None)
-        for file, rotation in zip(files, rotations, strict=True):
-            setattr(file, ROTATION, rotation)
+    compiled = [(module, torch.compile(stock(module), dynamic=False)) for module in parts]
+    rotations = [(file, torch.compile(stock(file, ROTATION), dynamic=False)) for file in files]
+    # The norms of all layers, and of heads, are one code with a few shapes.
+    with substituted(compiled), substituted(rotations, ROTATION), torch._dynamo.config.patch(recompile_limit=64):
+        yield
 
 
 def _is_part(name: str, module: torch.nn.Module) -> bool:

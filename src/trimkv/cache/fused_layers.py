@@ -12,14 +12,18 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from transformers import AttentionInterface
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..attention import reference, slots
+from ..attention.register import NAME, observed_by, register
+from ..hf.calls import cache_in, with_cache
+from ..hf.model import decoder_of
+from ..hf.substitute import stock, substituted
 from ..linear import products
 from ..linear.products import Normed
 from ..ranks import ranks_of
 from .beginning import Beginning, recognise_beginning
+from .bounded import BoundedCache
 from .fused import projected_kernels
 
 LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
@@ -82,10 +86,10 @@ class Layer:
         gate = getattr(self.attention, "retention_gate", None)
         return None if gate is None or gate.reads_keys else gate
 
-    def attend(self, x: Normed, cos, sin, past_key_values, counters) -> torch.Tensor:
+    def attend(self, x: Normed, cos, sin, whole: BoundedCache, counters) -> torch.Tensor:
         """From the normed input to what the heads give, [B, Q D]."""
         Q, H, D = self.heads
-        cache = past_key_values.layers[self.index]
+        cache = whole.layers[self.index]
         gate = self.gate if "log_beta" in cache.policy.needs else None
         weights, biases = self.projections
         activation, second = products.PLAIN, None
@@ -100,7 +104,7 @@ class Layer:
         v = qkv[:, (Q + H) * D : (Q + 2 * H) * D].unflatten(1, (H, D))
         if log_beta is not None:
             cache.stage_log_beta(log_beta[:, :, None])
-        k, v = past_key_values.update(k[:, :, None], v[:, :, None], self.index)
+        k, v = cache.update(k[:, :, None], v[:, :, None])
         return cache.attend(self.attention, q[:, :, None], k, v, self.scaling).flatten(1)
 
     def _from_projections(self, cache, gate):
@@ -131,34 +135,29 @@ class FusedLayers:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Within it, forwards of one token per row with a static cache are fused; others are errors."""
-        decoder, head = self.model.get_decoder(), self.model.get_output_embeddings()
+        """Within it, forwards of this thread, of one token per row with a static cache, are fused; others are errors.
+        Other threads may call the model as it is."""
+        decoder, head = decoder_of(self.model), self.model.get_output_embeddings()
         places = [(module, self._layer(i)) for i, module in enumerate(decoder.layers)]
         if self.beginning is not None:
-            places.append((decoder, self._decoder(decoder.forward)))
+            places.append((decoder, self._decoder(stock(decoder))))
         if head is not None:
             places += [(decoder.norm, self._norm), (head, self._head)]
-        before = [module.__dict__.get("forward") for module, _ in places]
         try:
-            for module, forward in places:
-                module.forward = forward
-            yield
+            with substituted(places):
+                yield
         finally:
-            for (module, _), forward in zip(places, before, strict=True):
-                module.__dict__.pop("forward", None)
-                if forward is not None:
-                    module.forward = forward
             self._handed = None
 
     def _following(self, i: int) -> Norm:
         return self.layers[i + 1].first_norm if i + 1 < len(self.layers) else self.last_norm
 
-    def _decoder(self, stock):
-        def forward(input_ids=None, past_key_values=None, position_ids=None, **kwargs):
-            ahead = past_key_values.ahead
+    def _decoder(self, plain):
+        def forward(input_ids=None, position_ids=None, **kwargs):
+            cache = cache_in((), kwargs)
+            ahead = cache.ahead
             if input_ids is None or position_ids is None or ahead is None or ahead.real is None:
-                given = dict(input_ids=input_ids, past_key_values=past_key_values, position_ids=position_ids)
-                return stock(**given, **kwargs)
+                return plain(input_ids=input_ids, position_ids=position_ids, **kwargs)
             assert input_ids.shape[1] == 1, "fused layers do decode steps"
             first = self.layers[0].first_norm
             position = position_ids.expand(len(input_ids), 1)[:, 0]
@@ -167,17 +166,17 @@ class FusedLayers:
                 *(ahead.seen, ahead.next_slot),
             )
             for i, layer in enumerate(self.layers):
-                out = layer.attend(normed, cos, sin, past_key_values, self.counters)
+                out = layer.attend(normed, cos, sin, cache, self.counters)
                 x, normed = layer.finish(out, x, self._following(i), self.counters)
             self._handed = x, normed
-            return BaseModelOutputWithPast(last_hidden_state=self._norm(x), past_key_values=past_key_values)
+            return BaseModelOutputWithPast(last_hidden_state=self._norm(x), **with_cache(self.model, cache))
 
         return forward
 
     def _layer(self, i: int):
         layer, following = self.layers[i], self._following(i)
 
-        def forward(hidden_states, *args, past_key_values=None, position_embeddings=None, **kwargs):
+        def forward(hidden_states, *args, position_embeddings=None, **kwargs):
             assert hidden_states.shape[1] == 1, "fused layers do decode steps"
             x = hidden_states[:, 0]
             if i == 0:
@@ -186,7 +185,7 @@ class FusedLayers:
                 mine, normed = self._handed
                 assert mine.data_ptr() == x.data_ptr(), "something between two layers has changed what they hand on"
             cos, sin = (one.expand(len(x), -1, -1)[:, 0] for one in position_embeddings)
-            out = layer.attend(normed, cos, sin, past_key_values, self.counters)
+            out = layer.attend(normed, cos, sin, cache_in(args, kwargs), self.counters)
             self._handed = layer.finish(out, x, following, self.counters)
             return self._handed[0][:, None]
 
@@ -223,7 +222,7 @@ def recognise(model, policy=None) -> FusedLayers:
 
 
 def _recognise(model) -> FusedLayers:
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    decoder, head = decoder_of(model), model.get_output_embeddings()
     for part in ("layers", "norm", "rotary_emb"):
         if not hasattr(decoder, part):
             raise NotRecognised(f"its decoder has no {part}")
@@ -324,8 +323,6 @@ def _refuse_hooks(name: str, module) -> None:
 class _Probe:
     """An attention function that remembers what it was given."""
 
-    NAME = "trimkv-probe"
-
     def __call__(self, module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, **kwargs):
         self.given, self.scaling = (query, key, value), scaling
         self.plain = softcap is None and s_aux is None and scaling is not None
@@ -342,14 +339,15 @@ def _check_layers(model, decoder, layers: list[Layer]) -> None:
     x = 0.1 * _random(weight, 1, T, len(weight))
     position = torch.tensor([[1, 6, 40]], device=weight.device)
     cos, sin = decoder.rotary_emb(x, position)
-    before, probe = model.config._attn_implementation, _Probe()
-    AttentionInterface.register(_Probe.NAME, probe)
-    model.set_attn_implementation(_Probe.NAME)
+    before, probe = decoder.config._attn_implementation, _Probe()
+    if before != NAME:
+        decoder.set_attn_implementation(register())
     try:
         for i, (module, layer) in enumerate(zip(decoder.layers, layers, strict=True)):
             if cos.shape != (1, T, layer.heads[2]):
                 raise NotRecognised(f"layer {i} rotates {cos.shape[-1]} of {layer.heads[2]} dimensions")
-            expect = module(x, attention_mask=None, position_ids=position, position_embeddings=(cos, sin))
+            with observed_by(probe):
+                expect = module(x, attention_mask=None, position_ids=position, position_embeddings=(cos, sin))
             expect = expect[0] if isinstance(expect, tuple) else expect
             if not probe.plain or probe.scaling != layer.scaling:
                 raise NotRecognised(f"layer {i} has an attention with more than a scaling")
@@ -361,7 +359,8 @@ def _check_layers(model, decoder, layers: list[Layer]) -> None:
                     what = "computes something else than its modules suggest"
                     raise NotRecognised(f"layer {i} {what} (relative difference {error:.2g})")
     finally:
-        model.set_attn_implementation(before)
+        if before != NAME:
+            decoder.set_attn_implementation(before)
 
 
 def _reference(layer: Layer, x_TE, cos_TD, sin_TD) -> tuple[torch.Tensor, tuple]:

@@ -4,6 +4,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from ..hf.calls import with_cache
+from ..hf.lasting import lasting
 from .bounded import BoundedCache
 from .compiled import compiled_parts
 from .fused_layers import recognise
@@ -28,6 +30,7 @@ class DecodeStep:
         ValueError: a cache that is not static; with ``fused``, a model that is not recognised.
     """
 
+    @lasting
     def __init__(self, model, cache: BoundedCache, compile: bool = False, overlap: bool = False, fused: bool = False):
         if not cache.static:
             raise ValueError("a decode step for ever needs a static cache: make one with bounded_cache(..., rows=R)")
@@ -69,9 +72,9 @@ class DecodeStep:
     def _forward(self) -> None:
         # Fused layers need no positions of their own; given none, the cache's hook would make some.
         position = None if self.fused is None else self.cache.seen[:, None]
-        given = dict(attention_mask=self.active, position_ids=position, past_key_values=self.cache, use_cache=True)
+        given = dict(attention_mask=self.active, position_ids=position, use_cache=True)
         with self._parts():
-            out = self.model(self.token, **given)
+            out = self.model(self.token, **given, **with_cache(self.model, self.cache))
         self.logits = out.logits[:, -1]
 
     @torch.no_grad()

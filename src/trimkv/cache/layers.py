@@ -6,10 +6,11 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from ..attention import slots as attention
+from ..attention.register import hand_over
 from ..attention.slots import NO_TOKEN
 from ..budget import Budget
 from ..ranks import Part
-from . import fused
+from . import fused, gradients
 from .policies import Policy
 from .rotation import Rotation
 from .seen import Seen
@@ -27,9 +28,10 @@ def places(seen_B: torch.Tensor, real_BT: torch.Tensor) -> tuple[torch.Tensor, t
 class BoundedLayer(CacheLayerMixin):
     """One attention layer's tokens in a fixed number of slots.
 
-    ``update`` only receives the new keys and values; the work is done in ``attend``, which the registered attention
-    function calls with the queries: write, evict, attend. Whatever the length of a forward, it is worked off in chunks:
-    no query ever attends to more than M slots and its chunk, and a single token never to more than M (+ buffer).
+    ``update`` receives new keys and values and marks the keys as this layer's. The work is done in ``attend``, which
+    the registered attention function calls when it gets marked keys: write, evict, attend. A forward of any length is
+    worked off in chunks: no query attends to more than M slots and its chunk, and a single token to no more than M
+    (+ buffer).
 
     After ``allocate`` the layer is static: its slots are there before the first token, and a decode step has shapes and
     launches that depend neither on host numbers nor on what tensors hold, so that it can be captured as a CUDA graph,
@@ -141,7 +143,7 @@ class BoundedLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states, value_states, *args, **kwargs):
-        """Receives the new keys and values, [B, H, T, D], and hands them on to the attention function unchanged."""
+        """Receives the new keys and values, [B, H, T, D], and hands them on unchanged to the attention of this call."""
         if self.static is not None:
             self._check_static(key_states, value_states)
         if self.store is not None and self.store.seen.shape[0] != key_states.shape[0]:
@@ -155,12 +157,12 @@ class BoundedLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         if self.waiting:
             raise RuntimeError(
-                "keys reached the bounded cache but no attention used them; this model does not call attention "
-                "through transformers' AttentionInterface, or shares keys between layers"
+                "keys reached the bounded cache but no attention used them: this model doesn't give what the cache "
+                "returns to transformers' AttentionInterface, or an earlier forward broke off"
             )
         self.waiting = key_states.shape[2]
         self.columns += self.waiting
-        return key_states, value_states
+        return hand_over(key_states, self), value_states
 
     def _check_static(self, k, v) -> None:
         rows = self.store.seen.shape[0]
@@ -227,16 +229,36 @@ class BoundedLayer(CacheLayerMixin):
 
     # The work.
 
-    @torch.no_grad()
     def attend(self, module, q, k, v, scaling, softcap=None, s_aux=None) -> torch.Tensor:
         """Writes T new tokens, evicts down to the budget and attends. Returns [B, Q, T, D].
 
-        A chunk attends before it evicts, a single token after (see Policy).
+        A chunk attends before it evicts, a single token after (see Policy). Slots keep no graph: gradients flow through
+        a first forward of one chunk, which attends to nothing but itself, and are refused elsewhere.
 
         Args:
             module: the attention module; a gate that reads keys and values is found there.
             q: [B, Q, T, D]; k, v: [B, H, T, D]; both rotated.
+
+        Raises:
+            ValueError: a second attention over the keys of one ``update``, or one over a part of them.
         """
+        if self.waiting != q.shape[2]:
+            raise ValueError(
+                f"{type(module).__name__} attends more than once to the keys of one update, or to a part of them; "
+                "slots can't serve such a model"
+            )
+        differentiable = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        alone = not self.columns - self.waiting and self.waiting <= (self.chunk or self.waiting)
+        real = self.real
+        with torch.no_grad():
+            out = self._attend_in_chunks(module, q, k, v, scaling, softcap, s_aux)
+        if differentiable:
+            if alone:
+                return gradients.attend_alone(q, k, v, real, scaling, softcap, s_aux)
+            return gradients.refuse_backward(out, q, k, v)
+        return out
+
+    def _attend_in_chunks(self, module, q, k, v, scaling, softcap, s_aux) -> torch.Tensor:
         log_beta = self._take_log_beta(module, k, v) if "log_beta" in self.policy.needs else None
         self._note(q, k, scaling, softcap, s_aux)
         real, self.real, self.waiting = self.real, None, 0

@@ -6,6 +6,7 @@ import torch
 
 from ..attention.slots import NO_TOKEN
 from ..budget import Budget
+from ..hf.lasting import lasting
 from . import shares
 from .slots import LayerFacts, Slots
 
@@ -32,6 +33,7 @@ class Pool:
         tight: whether all places before ``width`` hold a token in every row.
     """
 
+    @lasting
     def __init__(self, budget: Budget, layers: int, k_BHTD, v_BHTD, state: dict[str, torch.dtype], layer: LayerFacts):
         B, self.H = k_BHTD.shape[:2]
         self.layers, self.layer, self.device = layers, layer, k_BHTD.device
@@ -174,17 +176,20 @@ class Pool:
         self.seen.zero_()
         self.used, self.width, self.tight = 0, 0, True
 
+    @lasting
     def select_rows(self, index: torch.Tensor) -> None:
         """Rows become ``rows[index]``, in all tensors."""
         for name, t in self._tensors().items():
             self._set(name, t.index_select(0, index.to(t.device)))
 
+    @lasting
     def move(self, device: torch.device | str) -> None:
         """Moves every tensor to a device."""
         for name, t in self._tensors().items():
             self._set(name, t.to(device, non_blocking=True))
         self.device = torch.device(device)
 
+    @lasting
     def snapshot(self, row: int) -> dict:
         """A copy of one row, and the numbers that the host keeps."""
         copy = {name: t[row].clone() for name, t in self._tensors().items()}

@@ -2,6 +2,7 @@
 
 import torch
 
+from ..hf.calls import with_cache
 from .bounded import BoundedCache
 from .build import DEFAULT_CHUNK
 
@@ -41,8 +42,8 @@ def prefill(model, cache, input_ids, attention_mask=None, chunk: int = DEFAULT_C
             input_ids=input_ids[:, start:end],
             attention_mask=None if attention_mask is None else attention_mask[:, start if static else 0 : seen + end],
             position_ids=None if position_ids is None else position_ids[:, seen + start : seen + end],
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **with_cache(model, cache),
         )
     return out.logits[:, -1]

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..hf.model import decoder_of
+
 
 @dataclass
 class Rotation:
@@ -48,7 +50,7 @@ def rotation_of(model, module) -> Rotation:
         ValueError: a model that rotates otherwise, or by frequencies that depend on the length of the sequence.
     """
     name = type(model).__name__
-    rotary = getattr(model.get_decoder(), "rotary_emb", None)
+    rotary = getattr(decoder_of(model), "rotary_emb", None)
     apply = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
     kind = getattr(module, "layer_type", None)
     prefix = f"{kind}_" if hasattr(rotary, f"{kind}_inv_freq") else ""
@@ -63,8 +65,7 @@ def rotation_of(model, module) -> Rotation:
     x = torch.randn(1, 1, 2, 2 * len(frequency), generator=g).to(frequency.device)
     there = torch.tensor([[0, 3]], device=frequency.device)
     try:
-        cos, sin = rotary(x, there, kind) if prefix else rotary(x, there)
-        theirs = apply(x, x, cos, sin)[0]
+        theirs = _turned_by(rotary, apply, x, there, kind if prefix else None)
     except (TypeError, RuntimeError, ValueError) as error:
         raise ValueError(f"{name} does not rotate its keys in a way that is known here: {error}") from None
     scale = getattr(rotary, f"{prefix}attention_scaling", 1.0)
@@ -72,3 +73,17 @@ def rotation_of(model, module) -> Rotation:
         if torch.allclose(rotation.turn(x, there[:, None]) * scale, theirs.float(), atol=1e-2):
             return rotation
     raise ValueError(f"{name} does not rotate its keys in a way that is known here; choose another policy")
+
+
+def _turned_by(rotary, apply, x: torch.Tensor, there: torch.Tensor, kind: str | None) -> torch.Tensor:
+    """x at positions ``there`` [1, T], by the model's own code. With mrope a position has several axes, which are equal
+    in text (3 for time, height and width)."""
+    given = () if kind is None else (kind,)
+    try:
+        cos, sin = rotary(x, there, *given)
+    except IndexError:
+        cos, sin = rotary(x, there.expand(3, *there.shape), *given)
+    try:
+        return apply(x, x, cos, sin)[0]
+    except TypeError:  # Gemma 4 turns queries and keys one by one
+        return apply(x, cos, sin)

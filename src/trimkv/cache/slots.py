@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..attention.slots import NO_TOKEN
+from ..hf.lasting import lasting
 from ..ranks import Part
 from .rotation import Rotation
 
@@ -126,6 +127,7 @@ class SlotStore:
             costs what it needs.
     """
 
+    @lasting
     def __init__(
         self,
         capacity: int | None,
@@ -146,6 +148,7 @@ class SlotStore:
         self.rows: dict[str, torch.Tensor] = {}
         self.row_states: dict[str, RowState] = {}
 
+    @lasting
     def add_rows(self, rows: dict[str, RowState]) -> None:
         """Makes room for what a policy keeps per sequence, where that is not there yet."""
         for name, row in rows.items():
@@ -280,6 +283,7 @@ class SlotStore:
         for t in (self.seen, *self.rows.values()):
             t[row].zero_()
 
+    @lasting
     def select_rows(self, index: torch.Tensor) -> None:
         """Rows become ``rows[index]``, in all tensors: beam reorder, batch selection and repetition."""
         index = index.to(self.seen.device)
@@ -293,6 +297,7 @@ class SlotStore:
             self.rows[name] = t.index_select(0, index)
         self.seen = self.seen.index_select(0, index)
 
+    @lasting
     def snapshot(self, row: int) -> dict:
         """A copy of one row: name -> [H, used, ...], its ``seen`` and what its policy keeps per sequence."""
         row = self.row(row)
@@ -338,6 +343,7 @@ class SlotStore:
             t.index_copy_(0, row_1, other.rows[name])
         self.seen.index_copy_(0, row_1, other.seen)
 
+    @lasting
     def move(self, device: torch.device | str) -> None:
         """Moves every tensor to a device."""
         for name, t in self._per_slot().items():
@@ -362,6 +368,7 @@ class SlotStore:
         for name, t in new.state.items():
             self.state[name][:, :, where] = t
 
+    @lasting
     def _grow(self, capacity: int) -> None:
         for name, t in self._per_slot().items():
             larger = t.new_full((*t.shape[:2], capacity, *t.shape[3:]), NO_TOKEN if name == "position" else 0)

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 import torch
-from transformers.cache_utils import get_layer_types_and_kwargs
 
 from ..budget import Budget
+from ..hf import model as stock
 from ..ranks import part_of
 from .policies import Policy
 
@@ -45,28 +45,13 @@ class Keys:
         return same and k_BHTD.dtype == v_BHTD.dtype == self.dtype and k_BHTD.device == self.device
 
 
-def heads_of(model, module) -> tuple[int, int]:
-    """KV heads of a whole attention module, and their dimension."""
-    config = model.config.get_text_config(decoder=True)
-    queries = config.num_attention_heads
-    key_dim = getattr(module, "head_dim", None) or getattr(config, "head_dim", None) or config.hidden_size // queries
-    if hasattr(module, "k_proj"):  # some models have other numbers of heads on some layers
-        return module.k_proj.out_features // key_dim, key_dim
-    return getattr(config, "num_key_value_heads", None) or queries, key_dim
-
-
 def keys_of(model, module) -> Keys:
-    """What an attention module of a stock model will give, from its projections and the model's configuration."""
-    queries = model.config.get_text_config(decoder=True).num_attention_heads
-    heads, key_dim = heads_of(model, module)
-    value_dim = module.v_proj.out_features // heads if hasattr(module, "v_proj") else key_dim
+    """What an attention module of a stock model will give, from its shape and the model's configuration."""
+    heads, key_dim = stock.key_heads(model, module)
     part = part_of(model, module, heads)
-    parameter = next(module.parameters())
-    dtype = parameter.dtype if parameter.dtype.is_floating_point else model.dtype
-    device = torch.device(getattr(getattr(module, "_hf_hook", None), "execution_device", None) or parameter.device)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-    return Keys(part.num, queries // heads * part.num, key_dim, value_dim, dtype, device)
+    queries = stock.query_heads(model, module) // heads * part.num
+    dtype, device = stock.compute_dtype(model), stock.compute_device(model, module)
+    return Keys(part.num, queries, key_dim, stock.value_dim(model, module), dtype, device)
 
 
 def check_static(model, policy: Policy, budget: Budget, rows: int) -> None:
@@ -82,11 +67,13 @@ def check_static(model, policy: Policy, budget: Budget, rows: int) -> None:
         raise ValueError(f"policy {policy.name} keeps every decoded token; a static cache needs a policy that does not")
     if budget.shared:
         raise ValueError(f"a static cache needs a budget of scope head, not {budget.scope}")
-    kinds = get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))[0]
-    others = sorted(set(kinds) - {"full_attention"})
+    reason = stock.why_unserved(model)
+    if reason is not None:
+        raise ValueError(f"a bounded cache can't serve {name}: it {reason}")
+    others = sorted({stock.kind_of(one) for one in stock.cache_layers(model) if not stock.is_full_attention(one)})
     if others:
         raise ValueError(f"{name} has layers of kind {', '.join(others)}; a static cache takes full attention only")
-    types = getattr(getattr(model.get_decoder(), "rotary_emb", None), "rope_type", "default")
+    types = getattr(getattr(stock.decoder_of(model), "rotary_emb", None), "rope_type", "default")
     moving = [kind for kind in (types.values() if isinstance(types, dict) else [types]) if kind in MOVING_ROPE]
     if moving:
         raise ValueError(f"{name} rotates by the length of a sequence ({moving[0]}); a static cache cannot follow that")

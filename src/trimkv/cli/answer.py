@@ -16,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..cache.prefill import prefill
 from ..engine.request import end_tokens
+from ..hf.calls import with_cache
 
 
 @dataclass
@@ -96,7 +97,7 @@ def answer(
         model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
+            **with_cache(model, cache),
             generation_config=_config(sampling, ends, tokenizer),
             logits_processor=_penalty(sampling, len(history)),
             stopping_criteria=StoppingCriteriaList([_Stopped(stopped)]),

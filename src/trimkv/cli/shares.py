@@ -55,13 +55,14 @@ def shares(**options):
     dtype = "float32" if o.dtype == "auto" else o.dtype  # what a layer costs may be a millionth of a nat
     model = loading.load_model(o.model, device, dtype, choice.gates)
     from ..eval.layer_shares import layer_costs, share_out
-    from ..gates.attach import attention_modules, resolve
+    from ..gates.attach import resolve
     from ..gates.files import save_gates
+    from ..hf.model import full_attention_modules
 
     with loading.quiet(), show.progress() as progress, mendable():
         costs = layer_costs(model, ids, measured, batch_size=o.batch_size, progress=progress("measuring"))
         found = share_out(costs, measured, good, o.least, o.most)
-    layers = sorted(attention_modules(model))
+    layers = sorted(full_attention_modules(model))
     result = {"layers": layers, "layer_shares": found, "measured_at": measured, "kl": costs.tolist()}
     if o.output:
         with mendable((ValueError, OSError), doing=f"--output {o.output}"):

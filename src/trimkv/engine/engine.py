@@ -14,7 +14,9 @@ from .. import embedded
 from ..budget import Budget
 from ..cache.build import DEFAULT_CHUNK
 from ..cache.policies import Policy, make
-from ..gates.attach import attach, attention_modules
+from ..gates.attach import attach
+from ..hf.lasting import lasting
+from ..hf.model import full_attention_modules
 from ..ranks import ranks_of
 from . import batch
 from .bar import Bar
@@ -267,6 +269,7 @@ class Engine:
         """Whether a step has something to do."""
         return bool(self._waiting or self._reading or self.runner.reports.waiting or any(self._running))
 
+    @lasting
     def step(self) -> bool:
         """Reads a chunk of a prompt, if one waits, and makes a token for every running request.
 
@@ -542,7 +545,7 @@ class Engine:
 
 
 def _has_gates(model) -> bool:
-    return any(getattr(module, "retention_gate", None) is not None for module in attention_modules(model).values())
+    return any(getattr(module, "retention_gate", None) is not None for module in full_attention_modules(model).values())
 
 
 def _load(name: str, tokenizer):

@@ -12,6 +12,8 @@ from ..cache.build import bounded_cache
 from ..cache.compiled import compiled_parts
 from ..cache.fused_layers import FusedLayers, NotRecognised, recognise
 from ..cache.policies import Policy
+from ..hf.calls import with_cache
+from ..hf.lasting import lasting
 from ..ranks import local_nbytes, ranks_of
 from . import batch
 from .graphs import Graphs
@@ -47,6 +49,7 @@ class Runner:
 
     fixed_chunks: bool | None = None
 
+    @lasting
     def __init__(
         self,
         model,
@@ -160,8 +163,8 @@ class Runner:
                 input_ids=rows.token[:, None],
                 position_ids=rows.position[:, None],
                 attention_mask=rows.active[:, None],
-                past_key_values=cache,
                 use_cache=True,
+                **with_cache(self.model, cache),
             ).logits[:, -1]
         if not whole:
             batch.count_steps(self.cache, cache)

@@ -6,6 +6,8 @@ from ..budget import Budget
 from ..cache.bounded import BoundedCache, RowSnapshot
 from ..cache.build import bounded_cache
 from ..cache.policies import Policy
+from ..hf.calls import with_cache
+from ..hf.model import decoder_of
 from .graphs import Graphs
 
 
@@ -26,7 +28,11 @@ class Staging:
         cache = bounded_cache(self.model, policy, budget, self.chunk)
         nothing = torch.zeros(1, 1, dtype=torch.int64, device=self.model.device)
         self.model(
-            input_ids=nothing, position_ids=nothing, attention_mask=nothing, past_key_values=cache, use_cache=True
+            input_ids=nothing,
+            position_ids=nothing,
+            attention_mask=nothing,
+            use_cache=True,
+            **with_cache(self.model, cache),
         )
         cache.reset()
         return cache
@@ -49,11 +55,11 @@ class Staging:
         inputs = {
             "input_ids": prompt[None, start:end],
             "position_ids": torch.arange(start, end, device=prompt.device)[None],
-            "past_key_values": self.cache,
             "use_cache": True,
+            **with_cache(self.model, self.cache),
         }
         if more:
-            self.model.get_decoder()(**inputs)
+            decoder_of(self.model)(**inputs)
             return None
         return self.model(**inputs, logits_to_keep=1).logits[:, -1]
 
@@ -180,11 +186,11 @@ class FixedStaging(Staging):
             "input_ids": self.ids[:, :size],
             "position_ids": self.positions[:, :size],
             "attention_mask": self.real[:, :size],
-            "past_key_values": self.cache,
             "use_cache": True,
+            **with_cache(self.model, self.cache),
         }
         if more:
-            self.model.get_decoder()(**inputs)
+            decoder_of(self.model)(**inputs)
             return
         last = 1 if size == 1 else self.last  # which may be of another size while a graph is captured
         logits = self.model(**inputs, logits_to_keep=last).logits[:, -1]

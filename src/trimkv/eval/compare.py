@@ -14,6 +14,7 @@ from ..cache.build import bounded_cache
 from ..cache.graph import DecodeStep
 from ..cache.policies import Policy, make
 from ..cache.replay import replayable
+from ..hf.calls import with_cache
 from . import layerwise
 
 
@@ -139,7 +140,7 @@ def _measure_stepwise(model, ids_NT, cells: list["_Cell"], full: "_Sums", batch_
         for start in range(0, T - 1, block):
             end = min(start + block, T - 1)
             next_BS = ids_BT[:, start + 1 : end + 1]
-            logits_BSV = model(input_ids=ids_BT[:, start:end], past_key_values=teacher, use_cache=True).logits
+            logits_BSV = model(input_ids=ids_BT[:, start:end], use_cache=True, **with_cache(model, teacher)).logits
             best_BS = logits_BSV.argmax(-1)
             logp_BSV = full.add(logits_BSV.flatten(0, 1), next_BS.flatten()).unflatten(0, best_BS.shape)
             del logits_BSV
@@ -213,7 +214,8 @@ class _Cell(_Sums):
             self.forward = DecodeStep(model, self.cache)
             return
         cache = self.cache = bounded_cache(model, self.policy, self.budget)
-        self.forward = lambda token_B: model(token_B[:, None], past_key_values=cache, use_cache=True).logits[:, -1]
+        given = with_cache(model, cache)
+        self.forward = lambda token_B: model(token_B[:, None], use_cache=True, **given).logits[:, -1]
 
     def step(
         self, token_B: torch.Tensor, next_B: torch.Tensor, teacher_logp_BV: torch.Tensor, teacher_best_B: torch.Tensor

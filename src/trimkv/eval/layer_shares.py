@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from ..budget import Budget
 from ..cache.policies import Policy, make
 from ..cache.replay import replay_cache, replayable
+from ..hf.calls import with_cache
+from ..hf.model import decoder_of
 from .layerwise import POSITIONS, Head
 
 LEAST, MOST = 0.5, 2.0
@@ -47,7 +49,7 @@ def layer_costs(
         raise ValueError(f"budgets must be from 1 to {T - 1} for sequences of {T} tokens, got {list(budgets)}")
     if not policy.bounded or not replayable(policy, Budget(1)):
         raise ValueError(f"policy {policy.name} must be fed token by token, or evicts nothing")
-    decoder, batches = model.get_decoder(), ids_NT.to(model.device).split(batch_size)
+    decoder, batches = decoder_of(model), ids_NT.to(model.device).split(batch_size)
     layers = len(replay_cache(model, policy, T).slot_layers)
     costs, done = torch.zeros(layers, len(budgets)), 0
     for ids_BT in batches:
@@ -58,7 +60,7 @@ def layer_costs(
                 cache = replay_cache(model, policy, Budget(T, split="even"))
                 layer = cache.slot_layers[i]
                 layer.budget = replace(layer.budget, tokens=tokens)
-                hidden = decoder(input_ids=ids_BT, past_key_values=cache).last_hidden_state
+                hidden = decoder(input_ids=ids_BT, **with_cache(model, cache)).last_hidden_state
                 costs[i, n] += _kl(head, whole.last_hidden_state.flatten(0, 1), hidden.flatten(0, 1))
                 done += 1
                 progress(done, layers * len(budgets) * len(batches))

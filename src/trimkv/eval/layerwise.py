@@ -6,6 +6,9 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from ..cache.replay import replay_cache
+from ..hf.calls import with_cache
+from ..hf.model import decoder_of, text_config
+from ..hf.substitute import substituted
 
 POSITIONS = 256  # that have logits at a time: a few fp32 tensors [256, V]
 TEACHER_BLOCK = 512
@@ -14,7 +17,7 @@ TEACHER_BLOCK = 512
 def same_rotations(model, length: int) -> bool:
     """Whether a key's rotation does not depend on how long the sequence is when it is made: only then one pass over a
     sequence rotates as its single steps do. LongRoPE and dynamic scaling change beyond the original context."""
-    rotary = getattr(model.get_decoder(), "rotary_emb", None)
+    rotary = getattr(decoder_of(model), "rotary_emb", None)
     kinds = getattr(rotary, "rope_type", "default")
     kinds = set(kinds.values()) if isinstance(kinds, dict) else {kinds}
     if not kinds & {"longrope", "dynamic"}:
@@ -36,11 +39,11 @@ def measure(model, ids_NT: torch.Tensor, cells: list, full, batch_size: int, tic
         full: with ``add``; sums of the full model.
         tick: called once per cell and layer with slots, as they are worked off.
     """
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     for ids_BT in ids_NT.to(model.device).split(batch_size):
         inputs, targets = ids_BT[:, :-1], ids_BT[:, 1:].flatten()
-        teacher = DynamicCache(config=model.config.get_text_config(decoder=True))
-        read = [decoder(input_ids=part, past_key_values=teacher) for part in inputs.split(TEACHER_BLOCK, 1)]
+        teacher = DynamicCache(config=text_config(model))
+        read = [decoder(input_ids=part, **with_cache(model, teacher)) for part in inputs.split(TEACHER_BLOCK, 1)]
         head = Head(model, type(read[0]))
         hidden = [torch.cat([out.last_hidden_state for out in read], 1).flatten(0, 1)]
         del teacher, read
@@ -48,7 +51,7 @@ def measure(model, ids_NT: torch.Tensor, cells: list, full, batch_size: int, tic
             cache = replay_cache(model, cell.policy, cell.budget)
             for layer in cache.slot_layers:
                 layer.on_attended = tick
-            hidden.append(decoder(input_ids=inputs, past_key_values=cache).last_hidden_state.flatten(0, 1))
+            hidden.append(decoder(input_ids=inputs, **with_cache(model, cache)).last_hidden_state.flatten(0, 1))
             cell.peak, cell.mean = max(cell.peak, cache.peak_tokens), max(cell.mean, cache.peak_mean_tokens)
         for start in range(0, len(targets), POSITIONS):
             part = slice(start, start + POSITIONS)
@@ -71,13 +74,9 @@ class Head:
         self.model, self.output = model, output
 
     def __call__(self, hidden_NE: torch.Tensor) -> torch.Tensor:
-        decoder = self.model.get_decoder()
-        replaced = decoder.__dict__.get("forward")  # there where a module is dispatched over devices
-        decoder.forward = lambda *args, **kwargs: self.output(last_hidden_state=hidden_NE[None])
-        try:
-            ids = torch.zeros(1, len(hidden_NE), dtype=torch.long, device=self.model.device)
+        def stand_in(*args, **kwargs):
+            return self.output(last_hidden_state=hidden_NE[None])
+
+        ids = torch.zeros(1, len(hidden_NE), dtype=torch.long, device=self.model.device)
+        with substituted([(decoder_of(self.model), stand_in)]):
             return self.model(input_ids=ids, use_cache=False).logits[0]
-        finally:
-            del decoder.forward
-            if replaced is not None:
-                decoder.forward = replaced

@@ -5,7 +5,11 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from transformers.activations import ACT2FN
 
+from ..hf.calls import cache_in
+from ..hf.lasting import lasting
+from ..hf.model import compute_device, compute_dtype, decoder_of, full_attention_modules, key_heads, text_config
 from ..ranks import part_of
 from .files import GateSet, bundled, load_gates
 from .gate import RetentionGate, output_bias
@@ -15,6 +19,7 @@ __all__ = ["attach", "detach", "new_gates", "output_bias"]
 logger = logging.getLogger(__name__)
 
 
+@lasting
 def attach(model, gates: str | Path | GateSet = "bundled"):
     """Adds a ``retention_gate`` to each full-attention module, named as in the published checkpoints.
 
@@ -37,34 +42,39 @@ def attach(model, gates: str | Path | GateSet = "bundled"):
             shared out over the processes.
     """
     gates = resolve(model, gates)
-    modules = attention_modules(model)
+    modules = full_attention_modules(model)
     built = _build(model, modules, gates)
     detach_gates(model)
     handles = []
     for i, gate in built.items():
         modules[i].retention_gate = gate
         handles.append(modules[i].register_forward_pre_hook(_stage_log_beta, with_kwargs=True))
-    model._trimkv_gate_handles = handles
+    decoder_of(model)._trimkv_gate_handles = handles
     return model
 
 
 def detach(model):
-    """Takes off gates and hooks, those of bounded caches too: the model is stock again. Returns the model."""
+    """Takes off gates and hooks, those of bounded caches too: the model is stock again. Returns the model.
+
+    It may be a wrapper of the model that they were put on by, or what is left of one.
+    """
     from .head_sets import detach_heads
 
     detach_gates(model)
     detach_heads(model)
-    hooks = getattr(model, "_trimkv_hooks", None)  # put there by the cache room, which this room does not know
+    decoder = decoder_of(model)
+    hooks = getattr(decoder, "_trimkv_hooks", None)  # put there by the cache room, which this room does not know
     if hooks is not None:
-        hooks.remove(model)
+        hooks.remove(decoder)
     return model
 
 
 def detach_gates(model) -> None:
-    for handle in getattr(model, "_trimkv_gate_handles", None) or ():
+    decoder = decoder_of(model)
+    for handle in getattr(decoder, "_trimkv_gate_handles", None) or ():
         handle.remove()
-    model._trimkv_gate_handles = None
-    for module in attention_modules(model).values():
+    decoder._trimkv_gate_handles = None
+    for module in full_attention_modules(model).values():
         if getattr(module, "retention_gate", None) is not None:
             del module.retention_gate
 
@@ -75,8 +85,8 @@ def new_gates(
     """Untrained gates for a model, initialised for training on sequences of ``training_length`` tokens."""
     generator = torch.Generator().manual_seed(seed)
     layers = {}
-    for i, module in attention_modules(model).items():
-        gate = RetentionGate(kind, **_shape(model, module), intermediate_size=intermediate_size)
+    for i, module in full_attention_modules(model).items():
+        gate = RetentionGate(kind, **shape_of(model, module), intermediate_size=intermediate_size)
         gate.initialise(training_length, generator=generator)
         layers[i] = dict(gate.state_dict())
     return GateSet(layers, {"gate": kind, "base_model": model.config._name_or_path}, "new gates")
@@ -84,8 +94,7 @@ def new_gates(
 
 def _stage_log_beta(module, args, kwargs):
     gate = module.retention_gate
-    cache = kwargs.get("past_key_values")
-    layers = getattr(cache, "layers", ())
+    layers = getattr(cache_in(args, kwargs), "layers", ())
     layer = layers[module.layer_idx] if module.layer_idx < len(layers) else None
     # A gate that reads keys and values is called by the cache layer, which sees them.
     if gate.reads_keys or "log_beta" not in getattr(getattr(layer, "policy", None), "needs", ()):
@@ -95,27 +104,18 @@ def _stage_log_beta(module, args, kwargs):
         layer.stage_log_beta(gate(hidden.to(gate.bias.device)))
 
 
-def attention_modules(model) -> dict[int, torch.nn.Module]:
-    """The full-attention modules of a decoder by layer number: those that have, or could have, a gate."""
-    config = model.config.get_text_config(decoder=True)
-    types = getattr(config, "layer_types", None)
-    return {
-        module.layer_idx: module
-        for name, module in model.get_decoder().named_modules()
-        if name.rsplit(".", 1)[-1] == "self_attn"
-        and hasattr(module, "layer_idx")
-        and (types is None or types[module.layer_idx] == "full_attention")
-    }
-
-
-def _shape(model, module) -> dict:
-    config = model.config.get_text_config(decoder=True)
-    head_dim = getattr(module, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    if hasattr(module, "k_proj"):  # Gemma 4 has another number of heads on some layers
-        heads = module.k_proj.out_features // head_dim
-    activation = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None) or "silu"
+def shape_of(model, module) -> dict:
+    """What a gate of an attention module is made for: hidden_size, num_heads, head_dim, activation."""
+    config = text_config(model)
+    heads, head_dim = key_heads(model, module)
+    names = ("hidden_act", "hidden_activation", "activation_function", "mlp_hidden_act")
+    activation = next((act for act in (getattr(config, name, None) for name in names) if _is_plain(act)), "silu")
     return {"hidden_size": config.hidden_size, "num_heads": heads, "head_dim": head_dim, "activation": activation}
+
+
+def _is_plain(activation) -> bool:
+    """Whether a configuration's activation is a known function without parameters of its own."""
+    return isinstance(activation, str) and activation in ACT2FN and not list(ACT2FN[activation].parameters())
 
 
 def resolve(model, gates: str | Path | GateSet) -> GateSet:
@@ -148,7 +148,7 @@ def _build(model, modules: dict, gates: GateSet) -> dict[int, RetentionGate]:
         logger.warning("gates in %s were trained for %s and are put on %s", gates.source, gates.base_model, name)
     built, shares = {}, gates.shares
     for i, module in modules.items():
-        shape = _shape(model, module)
+        shape = shape_of(model, module)
         kind, width = gates.kind(shape["hidden_size"]), gates.intermediate_size
         with torch.device("meta"):
             whole = RetentionGate(kind, **shape, intermediate_size=width)
@@ -163,19 +163,9 @@ def _build(model, modules: dict, gates: GateSet) -> dict[int, RetentionGate]:
         gate = RetentionGate(kind, **shape, intermediate_size=width, part=part)
         gate.load_state_dict({name: gate.local(name, t) for name, t in gates.layers[i].items()})
         gate.share = shares[i]
-        device, dtype = _place(module)
+        device, dtype = compute_device(model, module), compute_dtype(model)
         built[i] = gate.to(device=device, dtype=dtype).requires_grad_(False).eval()
     return built
-
-
-def _place(module) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype of a module's computation, also where accelerate keeps its weights elsewhere."""
-    parameter = next(module.parameters())
-    dtype = parameter.dtype if parameter.dtype.is_floating_point else torch.get_default_dtype()
-    hook = getattr(module, "_hf_hook", None)
-    device = getattr(hook, "execution_device", None) or parameter.device
-    device = torch.device(device)
-    return (torch.device("cpu") if device.type == "meta" else device), dtype
 
 
 def _name(model) -> str:

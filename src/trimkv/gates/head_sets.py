@@ -7,8 +7,11 @@ from pathlib import Path
 
 import torch
 
+from ..hf.calls import cache_in
+from ..hf.lasting import lasting
+from ..hf.model import compute_device, compute_dtype, decoder_of, full_attention_modules, query_heads, text_config
 from ..ranks import part_of
-from .attach import _name, _place, _same_model, _shape, _span, attention_modules
+from .attach import _name, _same_model, _span, shape_of
 from .files import _read_json, _read_safetensors
 from .heads import BlockGate, RetainingHead
 
@@ -36,6 +39,7 @@ class HeadSet:
         return self.meta["kind"]
 
 
+@lasting
 def attach_heads(model, heads: "str | Path | HeadSet"):
     """Puts heads on a model's full-attention modules, beside gates or heads of another kind.
 
@@ -54,8 +58,8 @@ def attach_heads(model, heads: "str | Path | HeadSet"):
             are shared out over processes (tensor parallel).
     """
     heads = _resolve(model, heads)
-    modules = attention_modules(model)
-    if any(not part_of(model, one, _shape(model, one)["num_heads"]).whole for one in modules.values()):
+    modules = full_attention_modules(model)
+    if any(not part_of(model, one, shape_of(model, one)["num_heads"]).whole for one in modules.values()):
         raise ValueError(
             f"{heads.kind} heads read all heads of a layer, and those of {_name(model)} are shared out over processes: "
             "load the model in one process, or take a policy without such heads"
@@ -77,11 +81,11 @@ def attach_heads(model, heads: "str | Path | HeadSet"):
                     f"{_name(model)}: layer {i} {name} is {found}, the model needs {list(own.shape)}"
                 )
         head.load_state_dict(heads.layers[i])
-        device, dtype = _place(module)
+        device, dtype = compute_device(model, module), compute_dtype(model)
         built[i] = head.to(device, dtype).requires_grad_(False).eval()
     place = PLACES[heads.kind]
     detach_heads(model, heads.kind)
-    handles = model.__dict__.setdefault("_trimkv_head_handles", {})
+    handles = decoder_of(model).__dict__.setdefault("_trimkv_head_handles", {})
     handles[heads.kind] = []
     for i, module in modules.items():
         setattr(module, place, built[i])
@@ -92,11 +96,11 @@ def attach_heads(model, heads: "str | Path | HeadSet"):
 
 def detach_heads(model, kind: str | None = None) -> None:
     """Takes heads of a kind off a model, or all."""
-    handles = model.__dict__.get("_trimkv_head_handles") or {}
+    handles = decoder_of(model).__dict__.get("_trimkv_head_handles") or {}
     for one in [kind] if kind else list(PLACES):
         for handle in handles.pop(one, ()):
             handle.remove()
-        for module in attention_modules(model).values():
+        for module in full_attention_modules(model).values():
             if getattr(module, PLACES[one], None) is not None:
                 delattr(module, PLACES[one])
 
@@ -118,7 +122,7 @@ def new_heads(model, kind: str, width: int | None = None, block_size: int = 64, 
     if kind == "seer_attention_r":
         meta |= {"block_size": block_size, "rope_theta": _rope_theta(model)}
     heads, generator = HeadSet({}, meta, "new heads"), torch.Generator().manual_seed(seed)
-    for i, module in attention_modules(model).items():
+    for i, module in full_attention_modules(model).items():
         head = _new(model, module, heads)
         head.initialise(generator)
         heads.layers[i] = dict(head.state_dict())
@@ -158,7 +162,7 @@ def save_heads(heads, folder: str | Path, kind: str | None = None, dtype: torch.
 def collect_heads(model, kind: str) -> HeadSet:
     """The heads of a kind that are attached to a model."""
     layers, meta = {}, {"kind": kind}
-    for i, module in attention_modules(model).items():
+    for i, module in full_attention_modules(model).items():
         head = getattr(module, PLACES[kind], None)
         if head is None:
             raise ValueError(f"{type(model).__name__} has no {kind} heads attached")
@@ -215,33 +219,42 @@ def projections(module) -> list[torch.nn.Module]:
 def _listen(module) -> list:
     """Lets a retaining head hear the projections of forwards whose cache asks for its scores."""
     head, parts = module.retaining_head, projections(module)
+    handles = [part.register_forward_hook(_Hear(head, i, len(parts))) for i, part in enumerate(parts)]
+    return [module.register_forward_pre_hook(_before_projections, with_kwargs=True), *handles]
 
-    def before(module, args, kwargs):
-        layers = getattr(kwargs.get("past_key_values"), "layers", ())
-        layer = layers[module.layer_idx] if module.layer_idx < len(layers) else None
-        wanted = getattr(getattr(layer, "policy", None), "head", None) == "retaining_head"
-        head.listening, head.heard, head.inputs = wanted or head.training, {}, None
 
-    def after(place):
-        return lambda part, args, output: head.hear(place, len(parts), output.detach())
+def _before_projections(module, args, kwargs) -> None:
+    layers = getattr(cache_in(args, kwargs), "layers", ())
+    layer = layers[module.layer_idx] if module.layer_idx < len(layers) else None
+    wanted = getattr(getattr(layer, "policy", None), "head", None) == "retaining_head"
+    module.retaining_head.begin(wanted)
 
-    handles = [part.register_forward_hook(after(i)) for i, part in enumerate(parts)]
-    return [module.register_forward_pre_hook(before, with_kwargs=True), *handles]
+
+@dataclass(frozen=True)
+class _Hear:
+    """A hook on a projection, which can be pickled with the model."""
+
+    head: RetainingHead
+    place: int
+    of: int
+
+    def __call__(self, part, args, output) -> None:
+        self.head.hear(self.place, self.of, output.detach())
 
 
 def _new(model, module, heads: HeadSet):
-    shape, meta = _shape(model, module), heads.meta
+    shape, meta = shape_of(model, module), heads.meta
     if heads.kind == "locret":
         inputs = sum(getattr(part, "out_features", None) or part.weight.shape[0] for part in projections(module))
         return RetainingHead(inputs, shape["num_heads"], meta["width"], shape["activation"])
-    group = model.config.get_text_config(decoder=True).num_attention_heads // shape["num_heads"]
+    group = query_heads(model, module) // shape["num_heads"]
     return BlockGate(
         shape["num_heads"], group, shape["head_dim"], meta["width"], meta["block_size"], meta["rope_theta"]
     )
 
 
 def _rope_theta(model) -> float:
-    rope = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    rope = getattr(text_config(model), "rope_parameters", None) or {}
     return float(rope.get("full_attention", rope).get("rope_theta") or 10000.0)
 
 

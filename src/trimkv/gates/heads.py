@@ -1,11 +1,33 @@
 """The trained parts of two baselines, LocRet's retaining head and SeerAttention-R's block gate."""
 
 import math
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
+
+
+@dataclass
+class Heard:
+    """What one call of an attention module has told its retaining head; calls in other threads have their own.
+
+    Attributes:
+        head: whose call it is.
+        projections: those that have come, by number.
+        inputs: all of them, once they are there, [B, T, inputs].
+        scores: made of the inputs and not taken yet, [B, H, T].
+    """
+
+    head: "RetainingHead"
+    projections: dict[int, torch.Tensor] = field(default_factory=dict)
+    inputs: torch.Tensor | None = None
+    scores: torch.Tensor | None = None
+
+
+_heard: ContextVar[Heard | None] = ContextVar("what the retaining head of the running call heard", default=None)
 
 
 class RetainingHead(nn.Module):
@@ -29,30 +51,33 @@ class RetainingHead(nn.Module):
         self.fc1 = nn.Linear(inputs, intermediate_size, bias=False)
         self.fc2 = nn.Linear(intermediate_size, num_heads, bias=False)
         self.activation = ACT2FN[activation]
-        self.listening, self.heard = False, {}
-        self.inputs: torch.Tensor | None = None
-        self.scores: torch.Tensor | None = None
 
     def forward(self, x_BTI: torch.Tensor) -> torch.Tensor:
         """Scores, fp32 [B, H, T], of projections [B, T, inputs]."""
         x = self.activation(self.fc1(x_BTI.to(self.fc1.weight)))
         return F.linear(x.float(), self.fc2.weight.float()).transpose(1, 2)
 
+    def begin(self, wanted: bool) -> None:
+        """Begins a call of the attention module: its projections are heard if somebody wants scores."""
+        _heard.set(Heard(self) if wanted or self.training else None)
+
     def hear(self, place: int, of: int, projection: torch.Tensor) -> None:
-        """Takes projection number ``place`` of a forward; when all ``of`` are there, they are the inputs."""
-        if self.listening:
-            self.heard[place] = projection
-            if len(self.heard) == of:
-                self.inputs = torch.cat([self.heard[i] for i in range(of)], -1)
-                self.heard, self.scores = {}, None
+        """Takes projection number ``place`` of the running call; when all ``of`` are there, they are the inputs."""
+        call = _heard.get()
+        if call is not None and call.head is self:
+            call.projections[place] = projection
+            if len(call.projections) == of:
+                call.inputs, call.projections = torch.cat([call.projections[i] for i in range(of)], -1), {}
 
     def take(self, tokens: int) -> torch.Tensor:
-        """Scores of the next ``tokens`` tokens of the forward that runs, fp32 [B, H, tokens]."""
-        if self.inputs is not None:
-            self.scores, self.inputs = self(self.inputs), None
-        assert self.scores is not None and self.scores.shape[2] >= tokens, "the projections were not heard"
-        part, rest = self.scores[:, :, :tokens], self.scores[:, :, tokens:]
-        self.scores = rest if rest.shape[2] else None  # a view of nothing would hold on to a whole prompt's scores
+        """Scores of the next ``tokens`` tokens of the running call, fp32 [B, H, tokens]."""
+        call = _heard.get()
+        assert call is not None and call.head is self, "the projections were not heard"
+        if call.inputs is not None:
+            call.scores, call.inputs = self(call.inputs), None
+        assert call.scores is not None and call.scores.shape[2] >= tokens, "the projections were not heard"
+        part, rest = call.scores[:, :, :tokens], call.scores[:, :, tokens:]
+        call.scores = rest if rest.shape[2] else None  # a view of nothing would hold on to a whole prompt's scores
         return part
 
     def initialise(self, generator: torch.Generator | None = None) -> None:

@@ -16,8 +16,8 @@ from transformers.masking_utils import sdpa_mask
 
 from ..attention.decay import decayed_attention
 from ..attention.register import trimkv_attention
-from ..gates.attach import attention_modules
 from ..gates.head_sets import PLACES, HeadSet, attach_heads, load_heads, new_heads, save_heads
+from ..hf.model import compute_dtype, decoder_of, full_attention_modules, why_unserved
 from .head_losses import Documents, LocretTask, SeerTask
 from .trainer import GateTrainer, check_model, checkpoint_in, fit
 
@@ -129,7 +129,7 @@ class HeadStudent(nn.Module):
     def __init__(self, model, config: HeadConfig):
         super().__init__()
         self.model, self.settings = model, config
-        self.modules_with_heads = list(attention_modules(model).values())
+        self.modules_with_heads = list(full_attention_modules(model).values())
         model.requires_grad_(False)
         self.hooks, self.previous_attention = [], model.config._attn_implementation
         for module in self.modules_with_heads:
@@ -153,9 +153,7 @@ class HeadStudent(nn.Module):
         for module in self.modules_with_heads:
             module.__dict__.pop("head_student", None)
             module.__dict__.pop("head_rotation", None)
-            place = PLACES[self.settings.method]
-            dtype = next(p.dtype for name, p in module.named_parameters() if place not in name)
-            self._head(module).to(dtype if dtype.is_floating_point else None).requires_grad_(False)
+            self._head(module).to(compute_dtype(self.model)).requires_grad_(False)
         self.model.set_attn_implementation(self.previous_attention)
         self.model.eval()
 
@@ -178,7 +176,7 @@ class HeadStudent(nn.Module):
             self._head(module).train()
         self.start, self.losses = documents.start if bool((documents.start != 0).any()) else None, []
         with torch.no_grad():
-            self.model.get_decoder()(input_ids=input_ids, position_ids=documents.position, use_cache=False)
+            decoder_of(self.model)(input_ids=input_ids, position_ids=documents.position, use_cache=False)
         losses = {name: torch.stack([layer[name] for layer in self.losses]) for name in self.losses[0]}
         self.task, self.losses = None, []
         if settings.method == "locret":
@@ -325,8 +323,9 @@ def train_heads(
         SaveError: a checkpoint or the result could not be written.
     """
     checkpoint = checkpoint_in(output, resume)
-    if not attention_modules(model):
-        raise ValueError(f"{type(model).__name__} has no full-attention layers that heads are known for")
+    reason = why_unserved(model)
+    if reason is not None:
+        raise ValueError(f"heads can't be trained for {type(model).__name__}: it {reason}")
     if checkpoint is not None:
         heads = _resumed(checkpoint, config, (meta or {}).get("base_model"))
     if heads is None:

@@ -12,7 +12,7 @@ from ..attention.decay import decayed_attention
 from ..attention.register import trimkv_attention
 from ..attention.retention_sum import retention_sum
 from ..attention.soft_eviction import soft_eviction_attention
-from ..gates.attach import attention_modules
+from ..hf.model import compute_dtype, decoder_of, full_attention_modules
 from .capture import CapturedStep
 from .config import GateConfig
 from .losses import capacity_loss, combine, distillation_losses, logits_of, occupancy
@@ -33,7 +33,7 @@ class Student(nn.Module):
         super().__init__()
         self.project = logits_of(model)
         self.model, self.settings = model, config
-        self.modules_with_gates = list(attention_modules(model).values())
+        self.modules_with_gates = list(full_attention_modules(model).values())
         if not all(hasattr(module, "retention_gate") for module in self.modules_with_gates):
             raise ValueError(f"{type(model).__name__} has no retention gates: call trimkv.attach first")
         model.requires_grad_(False)
@@ -53,7 +53,7 @@ class Student(nn.Module):
                 {"use_reentrant": False}
             )  # the other kind drops the capacity's gradient
         if config.compile:
-            for layer in model.get_decoder().layers:
+            for layer in decoder_of(model).layers:
                 layer.compile(dynamic=False)  # all but attention and gates, which are kernels already
         self.teaching, self.start = False, None
         self.log_beta, self.collecting = {}, False  # of each layer, from the student's forward pass
@@ -65,15 +65,14 @@ class Student(nn.Module):
     def release(self) -> None:
         """Gives the model back for use: gates stay on, everything that training put there goes."""
         self.captured = None
-        for layer in self.model.get_decoder().layers if self.settings.compile else ():
+        for layer in decoder_of(self.model).layers if self.settings.compile else ():
             layer._compiled_call_impl = None
         for hook in self.hooks:
             hook.remove()
         for module in self.modules_with_gates:
             module.__dict__.pop("student", None)
             module.__dict__.pop("student_log_beta", None)
-            dtype = next(p.dtype for name, p in module.named_parameters() if "retention_gate" not in name)
-            module.retention_gate.to(dtype if dtype.is_floating_point else None).requires_grad_(False)
+            module.retention_gate.to(compute_dtype(self.model)).requires_grad_(False)
         self.model.gradient_checkpointing_disable()
         self.model.set_attn_implementation(self.previous_attention)
         self.model.eval()
@@ -116,7 +115,7 @@ class Student(nn.Module):
         if start is not None:
             position = position - start
         inputs = {"input_ids": input_ids, "position_ids": position, "use_cache": False}
-        decoder = self.model.get_decoder()
+        decoder = decoder_of(self.model)
         self.teaching = True
         with torch.no_grad():
             teacher = decoder(**inputs).last_hidden_state

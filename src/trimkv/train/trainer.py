@@ -11,8 +11,9 @@ import torch
 from safetensors import SafetensorError
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from ..gates.attach import attach, attention_modules, new_gates
+from ..gates.attach import attach, new_gates
 from ..gates.files import GateSet, load_gates, save_gates
+from ..hf.model import why_unserved
 from ..ranks import ranks_of
 from .config import GateConfig
 from .data import collate
@@ -200,8 +201,9 @@ def train(
     checkpoint = checkpoint_in(output, resume)
     if ranks_of(model) is not None:
         raise ValueError("gates are trained on a model that is whole in each process; load it without a tp_plan")
-    if not attention_modules(model):
-        raise ValueError(f"{type(model).__name__} has no full-attention layers that gates are known for")
+    reason = why_unserved(model)
+    if reason is not None:
+        raise ValueError(f"gates can't be trained for {type(model).__name__}: it {reason}")
     if checkpoint is not None:
         gates = _resumed(checkpoint, config, (meta or {}).get("base_model"))
     if gates is None:
