@@ -1,5 +1,6 @@
 """The command line, as a person or a script meets it: on a tiny model in a folder."""
 
+import gzip
 import io
 import json
 import os
@@ -64,6 +65,11 @@ def generate(trim, folder):
     return call
 
 
+def pipe(monkeypatch, data: bytes) -> None:
+    """Puts bytes into standard input."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+
+
 def command(*arguments):
     return [sys.executable, "-c", "from trimkv.cli import main; main()", *map(str, arguments)]
 
@@ -73,7 +79,7 @@ def test_help_answers_before_torch_could_be_imported():
         "import sys\n"
         "from trimkv.cli.app import run\n"
         "assert run(['--help']) == 0 and run(['generate', '--help']) == 0\n"
-        "slow = {'torch', 'transformers', 'rich', 'numpy'} & set(sys.modules)\n"
+        "slow = {'torch', 'transformers', 'rich', 'numpy', 'prompt_toolkit'} & set(sys.modules)\n"
         "assert not slow, slow"
     )
     start = time.perf_counter()
@@ -163,8 +169,9 @@ class TestGenerate:
         text = generate(*arguments)["text"]
         code, out, err = trim("generate", "--model", folder, "--prompt", prompt, *arguments)
         assert code == 0
-        assert out.startswith(text)
-        assert "held 20 slots per head" in out.splitlines()[-1] and "% saved)" in out.splitlines()[-1]
+        assert out == text + "\n"  # so that it can be piped on
+        assert "held 20 per head · cache" in err.splitlines()[-1] and "% saved)" in err.splitlines()[-1]
+        assert "[cut at 30 tokens: --max-new-tokens]" in err
         assert "no trained gates for" in err and "using streaming_llm" in err
 
     def test_prompts_from_files_and_pipes(self, trim, folder, tmp_path, monkeypatch, generate):
@@ -173,9 +180,18 @@ class TestGenerate:
         expected = generate("--max-new-tokens", 3, prompt="grün")
         _, out, _ = trim(*common, "--prompt-file", tmp_path / "p.txt")
         assert json.loads(out)["text"] == expected["text"]
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("grün".encode())))
-        _, out, _ = trim(*common, "--prompt-file", "-")
-        assert json.loads(out)["prompt_tokens"] == expected["prompt_tokens"]
+        (tmp_path / "p.txt.gz").write_bytes(gzip.compress("grün".encode()))
+        _, out, _ = trim(*common, "--prompt-file", tmp_path / "p.txt.gz")
+        assert json.loads(out)["text"] == expected["text"]
+        for form in (["--prompt-file", "-"], []):
+            pipe(monkeypatch, "grün".encode())
+            _, out, _ = trim(*common, *form)
+            assert json.loads(out)["text"] == expected["text"]
+
+    def test_a_prompt_without_an_option(self, trim, folder, generate):
+        code, out, err = trim("generate", "hello", "--model", folder, "--json", "--max-new-tokens", 3)
+        assert code == 0, err
+        assert json.loads(out)["text"] == generate("--max-new-tokens", 3, prompt="hello")["text"]
 
     def test_gates_that_fit_make_trimkv_the_default(self, trim, folder, tmp_path):
         trimkv.save_gates(new_gates(chat_model(), intermediate_size=8), tmp_path / "gates")
@@ -215,9 +231,15 @@ class TestWhatAUserCanMend:
             (["--prompt", "x", "--dtype", "int4"], ["--dtype", "bfloat16"]),
             (["--prompt", ""], ["prompt is empty"]),
             (["--prompt", " \n\t"], ["prompt is empty"]),
-            (["--prompt", "\udcff"], ["not valid UTF-8"]),
-            ([], ["no prompt", "--prompt-file"]),
-            (["--prompt", "x", "--prompt-file", "y"], ["not both"]),
+            (["--prompt", "caf\udce9"], ["the prompt: not UTF-8 text"]),
+            (["caf\udce9"], ["the prompt: not UTF-8 text"]),
+            (["--prompt", "x", "--system", "caf\udce9"], ["--system: not UTF-8 text"]),
+            ([], ["no prompt", "standard input is empty", "--prompt-file"]),
+            (["--prompt", "x", "--prompt-file", "y"], ["two prompts", "only one of them"]),
+            (["--prompt", "x", "y"], ["two prompts", "only one of them"]),
+            (["y", "--prompt-file", "y"], ["two prompts", "only one of them"]),
+            (["hello", "there"], ["2 words", "quotes"]),
+            ([""], ["prompt is empty"]),
             (["--prompt-file", "nowhere.txt"], ["nowhere.txt", "No such file"]),
             (["--prompt-file", "."], [".", "directory"]),
             (["--prompt", "x", "--nonsense"], ["--nonsense"]),
@@ -228,6 +250,7 @@ class TestWhatAUserCanMend:
     )
     def test_generate(self, trim, folder, monkeypatch, arguments, said):
         monkeypatch.setattr(loading, "load_model", lambda *a, **k: pytest.fail("the model was loaded first"))
+        pipe(monkeypatch, b"")
         model = [] if "--model" in arguments else ["--model", folder]
         code, out, err = trim("generate", *model, *arguments)
         _check(code, out, err, said)
@@ -236,10 +259,24 @@ class TestWhatAUserCanMend:
     def test_a_gpu_that_is_not_there(self, trim, folder):
         _check(*trim("generate", "--model", folder, "--prompt", "x", "--device", "cuda"), ["no CUDA GPU"])
 
-    @pytest.mark.parametrize("content, said", [(b"\xff\xfe", "not UTF-8"), (b"a\0b", "binary"), (b" \n", "empty")])
-    def test_prompt_files_that_are_no_text(self, trim, folder, tmp_path, content, said):
-        (tmp_path / "prompt").write_bytes(content)
-        _check(*trim("generate", "--model", folder, "--prompt-file", tmp_path / "prompt"), [said])
+    @pytest.mark.parametrize(
+        "name, content, said",
+        [
+            ("p", b"caf\xe9", "p: not UTF-8 text"),
+            ("p", "some words".encode("utf-16"), "p: UTF-16 text; save it as UTF-8"),
+            ("p", "some words".encode("utf-16-be"), "p: UTF-16 text; save it as UTF-8"),
+            ("p", b"a\0b", "binary"),
+            ("p", b" \n", "empty"),
+            ("p.gz", b"plain", "p.gz: not a readable gzip file"),
+            ("p.gz", gzip.compress(b"cut short " * 1000, mtime=0)[:40], "p.gz: not a readable gzip file"),
+        ],
+    )
+    def test_prompt_files_that_are_no_text(self, trim, folder, tmp_path, monkeypatch, name, content, said):
+        (tmp_path / name).write_bytes(content)
+        _check(*trim("generate", "--model", folder, "--prompt-file", tmp_path / name), [said])
+        if name == "p" and content.strip():
+            pipe(monkeypatch, content)
+            _check(*trim("generate", "--model", folder), [said.replace("p: ", "standard input: ")])
 
     def test_gates_of_another_model(self, trim, folder, tmp_path):
         other = chat_model(hidden_size=32)
@@ -577,19 +614,17 @@ class TestConversation:
 
 
 class TestChat:
-    def pipe(self, monkeypatch, text):
-        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
-
     def test_a_piped_conversation(self, trim, folder, monkeypatch):
-        self.pipe(monkeypatch, "one\n\ntwo\n/stats\n/help\n/wat\n/reset\nthree\n/quit\nnever read\n")
+        pipe(monkeypatch, b"one\n\ntwo\n/stats\n/help\n/wat\n/reset\nthree\n/quit\nnever read\n")
         code, out, err = trim("chat", "--model", folder, "--budget", 24, "--max-new-tokens", 5)
         assert code == 0, err
-        assert out.count("slots per head · cache") == 4  # three answers and /stats
-        for fragment in ("most tokens attended", "/reset", "unknown command /wat", "everything forgotten"):
-            assert fragment in out
+        assert err.count("24 per head · cache") == 4, "three answers and /stats"
+        assert "per head" not in out and "/reset" not in out, "answers alone go on through a pipe"
+        for fragment in ("the most tokens", "/reset", "unknown command /wat; there are /help, ", "everything forgotten"):
+            assert fragment in err
 
     def test_json_at_the_end(self, trim, folder, monkeypatch):
-        self.pipe(monkeypatch, "one\ntwo")
+        pipe(monkeypatch, b"one\ntwo")
         code, out, err = trim("chat", "--model", folder, "--budget", 24, "--max-new-tokens", 5, "--json")
         assert code == 0 and len(out.splitlines()) == 1
         found = json.loads(out)
@@ -602,7 +637,7 @@ class TestChat:
     def test_a_message_that_the_template_refuses_does_not_end_the_chat(self, trim, tmp_path, monkeypatch):
         template = "{% if messages[-1]['content'] == 'bad' %}{{ raise_exception('no') }}{% endif %}" + CHATML
         path = save_model(tmp_path / "model", tokenizer=byte_tokenizer(chat_template=template))
-        self.pipe(monkeypatch, "good\nbad\ngood\n")
+        pipe(monkeypatch, b"good\nbad\ngood\n")
         code, out, err = trim("chat", "--model", path, "--max-new-tokens", 3, "--json")
         assert code == 0 and "refuses this: no" in err
         assert [turn["prompt"] for turn in json.loads(out)["turns"]] == ["good", "good"]

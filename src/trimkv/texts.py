@@ -4,6 +4,7 @@ Comparisons and trainings read the same files in the same way, so a number measu
 are read record by record and tokenised piece by piece: eight windows of a 50 MB file cost eight windows.
 """
 
+import codecs
 import gzip
 import json
 import zlib
@@ -16,6 +17,12 @@ SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
 PAIRS = [(q, a) for q in ("question", "problem") for a in ("solution", "answer")]
 FIELDS = "text, messages, question + answer or problem + solution"
 SEPARATOR = "\n\n"
+MARKS = {  # UTF-32 first: its mark begins with that of UTF-16
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,46 @@ def read_texts(paths: Iterable[str | Path]) -> Iterator[Text]:
             yield text
         if empty:
             raise ValueError(f"{path}: the file is empty")
+
+
+def decode_text(data: bytes, name: str) -> str:
+    """The text that bytes in UTF-8 spell, without the byte order mark that some editors put before it.
+
+    Raises:
+        ValueError: one line that begins with ``name`` and says what the bytes are instead.
+    """
+    refuse_other_encodings(data, name)
+    if b"\0" in data:
+        raise ValueError(f"{name}: binary data, not text")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name}: not UTF-8 text (byte {error.start}: {error.reason})") from None
+
+
+def refuse_other_encodings(head: bytes, name: str) -> None:
+    """Refuses text in UTF-16 or UTF-32, which begins with such a mark or has a zero in every second byte.
+
+    Args:
+        head: its first bytes; the first line is enough.
+
+    Raises:
+        ValueError: one line that begins with ``name``.
+    """
+    found = next((encoding for mark, encoding in MARKS.items() if head.startswith(mark)), None)
+    if found is None and any(_looks_like(head[:512], codec) for codec in ("utf-16-le", "utf-16-be")):
+        found = "UTF-16"
+    if found:
+        raise ValueError(f"{name}: {found} text; save it as UTF-8")
+
+
+def _looks_like(head: bytes, codec: str) -> bool:
+    """Whether these bytes are UTF-16 without a mark: mostly Latin letters, each with a zero beside it."""
+    high_bytes = head[1::2] if codec == "utf-16-le" else head[::2]
+    if len(head) < 4 or high_bytes.count(0) < 0.75 * len(high_bytes):
+        return False
+    letters = head[: len(head) // 2 * 2].decode(codec, "replace")
+    return all(letter.isprintable() or letter.isspace() for letter in letters)
 
 
 def windows(texts: Iterable[Text], tokenizer, context: int, max_sequences: int | None = None) -> Iterator[list[int]]:
@@ -146,6 +193,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     number = 0
     try:
         with opener(path, "rb") as file:
+            refuse_other_encodings(file.peek(512), str(path))
             for number, line in enumerate(file, 1):
                 if b"\0" in line:
                     raise ValueError(f"{path}, line {number}: binary data, not text")

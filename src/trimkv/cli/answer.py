@@ -80,14 +80,10 @@ def answer(
         reading: called as ``reading(done, total)`` while the prompt is fed.
     """
     start = time.perf_counter()
-    fed, prompt_tokens = cache.get_seq_length(), len(history) - cache.get_seq_length()
+    prompt_tokens = len(history) - cache.get_seq_length()
     stream = _Stream(tokenizer, write or (lambda text: None))
-    for begin in range(fed, len(history) - 1, chunk) if chunk else ():
-        reading(begin - fed, prompt_tokens)
-        if stopped():
-            break
-        part = torch.tensor([history[begin : min(begin + chunk, len(history) - 1)]], device=model.device)
-        prefill(model, cache, part, chunk=chunk)
+    if chunk:
+        read(model, cache, history, len(history) - 1, chunk, stopped, reading)
     reading(prompt_tokens, prompt_tokens)
     ends = end_tokens(model, tokenizer)
     if not stopped():
@@ -116,6 +112,30 @@ def answer(
         prefill_seconds=first - start,
         decode_tokens_per_second=(len(new) - 1) / seconds if seconds else None,
     )
+
+
+def read(
+    model,
+    cache,
+    history: list[int],
+    end: int,
+    chunk: int | None,
+    stopped: Callable[[], bool] = lambda: False,
+    reading: Callable[[int, int], None] = lambda done, total: None,
+) -> bool:
+    """Feeds the tokens of ``history`` before ``end`` that the cache has not seen, in chunks.
+
+    Returns:
+        False if ``stopped`` said so between two chunks: the rest was not fed.
+    """
+    fed = cache.get_seq_length()
+    for begin in range(fed, end, chunk or max(end, 1)):
+        reading(begin - fed, len(history) - fed)
+        if stopped():
+            return False
+        part = torch.tensor([history[begin : min(begin + (chunk or end), end)]], device=model.device)
+        prefill(model, cache, part, chunk=part.shape[1])
+    return True
 
 
 def _config(sampling: Sampling, ends: tuple[int, ...], tokenizer) -> GenerationConfig:

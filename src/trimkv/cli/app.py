@@ -11,7 +11,7 @@ from .. import __version__
 from .bench import bench
 from .chat import chat
 from .compare import compare
-from .errors import one_line
+from .errors import one_line, out_of_memory
 from .generate import generate
 from .info import info
 from .options import debug_option
@@ -65,15 +65,9 @@ def run(arguments: list[str] | None = None) -> int:
         if shared.debug:
             traceback.print_exc()
             return 1
-        if _out_of_memory(error):
+        if out_of_memory(error):
             return _fail("out of memory: a smaller --budget, --prefill-chunk, --batch-size or model helps", 2)
         return _fail(f"{type(error).__name__}: {one_line(error)} (run again with --debug for the whole story)", 1)
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """On a CPU torch says it in a RuntimeError."""
-    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return named or "can't allocate memory" in str(error)
 
 
 class _Said(Exception):

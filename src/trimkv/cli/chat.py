@@ -1,84 +1,135 @@
 """``trimkv chat``: a conversation without end in a cache that never grows."""
 
-import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 
 import click
 
-from ..engine.interrupt import interruptible
-from . import loading, show
+from . import loading, show, user_text
+from .chat_commands import COMPLETIONS, HELP_HINT, obey
+from .ctrl_c import stoppable
 from .errors import UserError, one_line
+from .messages import join_blocks, parse
 from .options import budget_options, model_options, output_options, sampling_options
 from .run import LengthWarning, Run
+from .wrapping import Screen
 
 PENALTY_WINDOW = 512  # tokens before an answer that the repetition penalty covers
-HELP = """/reset  forget everything and start anew
-/stats  what the cache holds
-/help   this list
-/quit   leave (so does Ctrl-D); Ctrl-C stops a running answer"""
 
 
 @click.command(short_help="Talk with a model in a cache that never grows.")
-@click.option("--system", help="System message.")
+@click.option("--system", help="What the model is told before the first message.")
 @model_options
 @budget_options
 @sampling_options(max_new_tokens=512, temperature=0.2, top_p=0.9, repetition_penalty=1.1)  # small models go in circles
 @output_options
 def chat(**options):
-    """Talk with a model; one bounded KV cache holds the whole conversation."""
+    """Talk with a model; one bounded KV cache holds the whole conversation.
+
+    The KV cache is what a model keeps of each token (a word or a part of one) that it has read or written. Here it has
+    a fixed size: the budget says how many tokens each attention head may hold, and the policy decides which of them go
+    when all places (slots) are taken. What has gone, the model no longer knows.
+
+    On a terminal, /help lists what can be typed. From a pipe or a file, each line is a message, and so is a block of
+    lines between two \"\"\"; answers go to stdout and remarks to stderr.
+    """
     o = SimpleNamespace(**options)
-    run = Run.check(o)
-    if not getattr(run.tokenizer, "chat_template", None):
-        raise UserError(f"{o.model} has no chat template; it can continue texts: trimkv generate --model {o.model}")
-    Chat(run).talk()
+    o.system = user_text.argument(o.system, "--system")
+    Chat(Chat.check(o)).talk()
 
 
 class Chat:
-    """The terminal's side of a conversation: reads lines, obeys commands, prints answers."""
+    """The terminal's side of a conversation: reads messages, obeys commands, prints answers."""
 
     def __init__(self, run: Run):
+        self.json = run.options.as_json
+        self.typed = user_text.stdin_is_terminal() and (sys.stdout.isatty() or sys.stderr.isatty())
+        self.turns: list[dict] = []
+        model, cache = run.start()
+        self.use(run, self.new_conversation(run, model, cache))
+
+    @staticmethod
+    def check(options: SimpleNamespace) -> Run:
+        """A request that a chat can start with. UserError if there is something to mend."""
+        run = Run.check(options)
+        if not getattr(run.tokenizer, "chat_template", None):
+            name = options.model
+            raise UserError(f"{name} has no chat template; it can continue texts: trimkv generate --model {name}")
+        return run
+
+    def new_conversation(self, run: Run, model, cache):
+        """An empty conversation with the system message of the options."""
         from .conversation import Conversation
 
-        self.run, self.json = run, run.options.as_json
-        self.model, self.cache = run.start()
-        o = run.options
-        self.conversation = Conversation(
-            *(self.model, run.tokenizer, self.cache, replace(run.sampling, penalty_window=PENALTY_WINDOW), run.chunk),
-            system=o.system,
-        )
-        self.turns: list[dict] = []
-        self.length = LengthWarning(self.model, o.model)
+        sampling = replace(run.sampling, penalty_window=PENALTY_WINDOW)
+        return Conversation(model, run.tokenizer, cache, sampling, run.chunk, system=run.options.system)
+
+    def use(self, run: Run, conversation) -> None:
+        """Goes on with a conversation, which may be on another model or in another cache."""
+        self.run, self.conversation = run, conversation
+        self.length = LengthWarning(conversation.model, run.options.model)
+
+    @property
+    def cache(self):
+        return self.conversation.cache
 
     def talk(self) -> None:
-        if sys.stdin.isatty():
-            self._say(f"{self.run.options.model}, {self.run.policy}, {self._limit()}. /help lists the commands.")
-        for line in _lines():
-            line = line.strip()
-            if not line:
-                continue
-            if re.fullmatch(r"/\w+", line):
-                if line == "/quit":
-                    break
-                self._obey(line)
-            else:
-                self._answer(line)
+        if self.typed:
+            self.say(f"{self.run.options.model} · {self.limit()} · {HELP_HINT}")
+        for text in self._entered():
+            found = parse(text)
+            if isinstance(found, str):
+                self.answer(found, self.conversation.say, found)
+            elif found and obey(self, found):
+                break
         if self.json:
             show.emit(self._report())
 
-    def _answer(self, message: str) -> None:
-        write = None if self.json else (lambda text: click.echo(text, nl=False))
-        with loading.quiet(), show.Reading() as reading, interruptible() as stopped:
+    def answer(self, message: str, ask: Callable, *arguments, **marks) -> None:
+        """Prints and notes what ``ask(*arguments, write, stopped, reading)`` answers to a message.
+
+        Args:
+            marks: further keys of the note.
+        """
+        screen = Screen()
+        with loading.quiet(), show.Reading() as reading, stoppable(patient=self.typed) as stopped:
             try:
-                out = self.conversation.say(message, write, stopped, reading)
+                out = ask(*arguments, None if self.json else screen.write, stopped, reading)
             except ValueError as error:
                 # Only the template speaks in ValueErrors about a message; nothing was fed yet.
                 loading.note(one_line(error))
                 return
+        if not out.token_ids:
+            self.say("[stopped while reading]" if marks else self._dropped())
+            return
+        self._note(message, out, **marks)
+        if not self.json:
+            screen.end(" [stopped]" if out.finish_reason == "interrupted" else "")
+        if out.finish_reason == "length":
+            self.say(show.cut_mark(self.conversation.sampling.max_new_tokens, ", or here /set max-new-tokens N"))
+        self.say(show.saved_line(self.cache, self.run.bounded))
+        self.length.check(self.cache.get_seq_length())
+
+    def say(self, text: str) -> None:
+        """A remark beside the conversation."""
+        show.remark(text, self.json)
+
+    def limit(self) -> str:
+        """What the policy holds at most."""
+        held = f"holds at most {show.limit_text(self.cache)}" if self.run.bounded else "holds every token"
+        return f"policy {self.run.policy} {held}"
+
+    def _dropped(self) -> str:
+        again = "; the up arrow brings it back" if self.typed else ""
+        return f"[stopped while reading: this message was dropped{again}]"
+
+    def _note(self, message: str, out, **marks) -> None:
         self.turns.append(
             {
+                "model": self.run.options.model,
+                "policy": self.run.policy,
                 "prompt": message,
                 "text": out.text,
                 "prompt_tokens": out.prompt_tokens,
@@ -88,42 +139,11 @@ class Chat:
                 "decode_tokens_per_second": out.decode_tokens_per_second,
                 "seen_tokens": self.cache.get_seq_length(),
                 "held_tokens": round(self.cache.mean_held_tokens),
+                "held_tokens_largest": self.cache.held_tokens,
                 "cache_bytes": self.cache.nbytes,
+                **marks,
             }
         )
-        if not self.json:
-            click.echo("" if out.finish_reason != "interrupted" else " [stopped]")
-        self._say(show.saved_line(self.cache, self.run.bounded))
-        self.length.check(self.cache.get_seq_length())
-
-    def _obey(self, command: str) -> None:
-        if command == "/reset":
-            self.conversation.reset()
-            self._say("everything forgotten; the cache stays allocated")
-        elif command == "/stats":
-            self._say(self._stats())
-        elif command == "/help":
-            self._say(HELP)
-        else:
-            self._say(f"unknown command {command}; /help lists the commands")
-
-    def _stats(self) -> str:
-        cache = self.cache
-        return "\n".join(
-            [
-                show.saved_line(cache, self.run.bounded),
-                f"policy {self.run.policy}, {self._limit()}",
-                f"most tokens attended per head: {cache.peak_prefill_tokens:,} while reading, "
-                f"{cache.peak_decode_tokens:,} while writing",
-                f"most bytes: {show.bytes_text(cache.peak_bytes)}, with the copies that reading makes",
-            ]
-        )
-
-    def _limit(self) -> str:
-        return f"{self.run.budget.slots:,} slots per head" if self.run.bounded else "no limit"
-
-    def _say(self, text: str) -> None:
-        click.echo(show.faint(text), err=self.json)
 
     def _report(self) -> dict:
         o = self.run.options
@@ -134,34 +154,16 @@ class Chat:
             "turns": self.turns,
             "seen_tokens": self.cache.get_seq_length(),
             "held_tokens": round(self.cache.mean_held_tokens),
+            "held_tokens_largest": self.cache.held_tokens,
             **self.run.report(self.cache),
         }
 
-
-def _lines() -> Iterator[str]:
-    """What is typed, or what is piped in, until its end."""
-    if not sys.stdin.isatty():
-        try:
-            yield from sys.stdin
-        except UnicodeDecodeError as error:
-            raise UserError(f"standard input: not UTF-8 text ({error.reason})") from error
-        return
-    try:
-        import readline  # noqa: F401  gives input() history and line editing
-    except ImportError:
-        pass
-    asked_twice = False
-    while True:
-        try:
-            line = input("\n> ")
-        except EOFError:
-            click.echo()
+    def _entered(self) -> Iterator[str]:
+        """What is typed, or what is piped in, until its end."""
+        if not self.typed:
+            yield from join_blocks(user_text.stdin_lines())
             return
-        except KeyboardInterrupt:
-            if asked_twice:
-                raise
-            asked_twice = True
-            click.echo("\n(Ctrl-C again or Ctrl-D leaves)")
-            continue
-        asked_twice = False
-        yield line
+        from ..embedded import cache_home
+        from .keyboard import Keyboard
+
+        yield from Keyboard(cache_home() / "chat_history", COMPLETIONS).messages()

@@ -28,3 +28,9 @@ def one_line(error: BaseException, limit: int = 400) -> str:
     """The message of an exception on one line, or the exception's name if it has none."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out. On a CPU torch says it in a RuntimeError."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "can't allocate memory" in str(error)

@@ -1,21 +1,24 @@
 """``trimkv generate``: one prompt, one answer."""
 
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import click
 
-from . import loading, show
+from . import loading, show, user_text
 from .errors import UserError, mendable
 from .options import budget_options, model_options, output_options, sampling_options
 from .run import LengthWarning, Run
+from .wrapping import Screen
+
+FORMS = "'PROMPT', --prompt TEXT or --prompt-file FILE"
 
 
 @click.command()
-@click.option("--prompt", help="The prompt.")
-@click.option("--prompt-file", help="A UTF-8 text file with the prompt; - reads standard input.")
-@click.option("--system", help="System message, for models with a chat template.")
+@click.argument("words", nargs=-1, metavar="[PROMPT]")
+@click.option("--prompt", help="The prompt, in another form.")
+@click.option("--prompt-file", help="A UTF-8 text file (or .gz of one) with the prompt; - reads standard input.")
+@click.option("--system", help="What a chat model is told before the prompt.")
 @click.option(
     "--chat/--no-chat",
     "as_chat",
@@ -27,16 +30,29 @@ from .run import LengthWarning, Run
 @sampling_options(max_new_tokens=128)
 @output_options
 def generate(**options):
-    """Answer a prompt with a bounded KV cache."""
+    """Answer a prompt with a bounded KV cache.
+
+    The prompt is PROMPT, --prompt or --prompt-file, and without any of them what is piped in. The answer goes to
+    stdout; where that is no terminal, what was saved goes to stderr.
+
+    The KV cache is what a model keeps of each token (a word or a part of one) that it has read or written. Here it has
+    a fixed size: the budget says how many tokens each attention head may hold, and the policy decides which of them go
+    when all places (slots) are taken. What has gone, the model no longer knows.
+    """
     o = SimpleNamespace(**options)
-    prompt = _prompt(o.prompt, o.prompt_file)
+    prompt = _prompt(o.words, o.prompt, o.prompt_file)
+    o.system = user_text.argument(o.system, "--system")
     run = Run.check(o)
     ids = _encode(run.tokenizer, prompt, o)
     model, cache = run.start()
     LengthWarning(model, o.model).check(len(ids) + o.max_new_tokens)
     out = _answer(run, model, cache, ids)
     if not o.as_json:
-        click.echo("\n\n" + show.faint(show.saved_line(cache, run.bounded)))
+        if out.finish_reason == "length":
+            show.remark(show.cut_mark(o.max_new_tokens))
+        if sys.stdout.isatty():
+            click.echo()
+        show.remark(show.saved_line(cache, run.bounded))
         return
     show.emit(
         {
@@ -58,51 +74,43 @@ def _answer(run: Run, model, cache, ids: list[int]):
     from .answer import answer
 
     o = run.options
+    screen = Screen()
     with loading.quiet(), show.Reading() as reading:
-
-        def write(text: str) -> None:
-            click.echo(text, nl=False)
-
-        return answer(
+        out = answer(
             model,
             run.tokenizer,
             cache,
             list(ids),
             run.sampling,
             run.chunk,
-            write=None if o.as_json else write,
+            write=None if o.as_json else screen.write,
             reading=reading,
         )
+    if not o.as_json:
+        screen.end()
+    return out
 
 
-def _prompt(prompt: str | None, file: str | None) -> str:
-    if prompt is None and file is None:
-        raise UserError("no prompt: give --prompt or --prompt-file")
-    if prompt is not None and file is not None:
-        raise UserError("two prompts: give --prompt or --prompt-file, not both")
-    if prompt is None:
-        prompt = _read(file)
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        raise UserError("the prompt is not valid UTF-8 text") from None
+def _prompt(words: tuple[str, ...], prompt: str | None, file: str | None) -> str:
+    """The one prompt that was given, in whichever form. UserError for none, or more than one."""
+    given = [form is not None for form in (words or None, prompt, file)]
+    if sum(given) > 1:
+        raise UserError(f"two prompts: give {FORMS}, only one of them")
+    if len(words) > 1:
+        raise UserError(f"{len(words)} words where one prompt is expected: put it in quotes, 'like this one'")
+    if file is not None:
+        prompt = user_text.read_file(file)
+    elif any(given):
+        prompt = user_text.argument(words[0] if words else prompt, "the prompt")
+    elif user_text.stdin_is_terminal():
+        raise UserError(f"no prompt: give {FORMS}, or pipe text in")
+    else:
+        prompt = user_text.read_stdin()
+        if not prompt.strip():
+            raise UserError(f"no prompt: standard input is empty, and there is no {FORMS}")
     if not prompt.strip():
         raise UserError("the prompt is empty")
     return prompt
-
-
-def _read(file: str) -> str:
-    name = "standard input" if file == "-" else file
-    try:
-        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise UserError(f"{name}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
-    if b"\0" in data:
-        raise UserError(f"{name}: binary data, not text")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name}: not UTF-8 text (byte {error.start}: {error.reason})") from error
 
 
 def _encode(tokenizer, prompt: str, o: SimpleNamespace) -> list[int]:

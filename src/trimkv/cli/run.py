@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from . import loading
+from . import loading, show
 from .errors import mendable
 
 
@@ -26,6 +26,7 @@ class Run:
         """Everything that can be refused before the weights are read."""
         from ..budget import Budget
 
+        show.starting()
         with mendable():
             budget = Budget(
                 options.budget,
@@ -57,16 +58,32 @@ class Run:
         """The model with its gates, and its empty cache."""
         import torch
 
+        model = self.load_model()
+        cache = self.new_cache(model)
+        torch.manual_seed(self.options.seed)
+        return model, cache
+
+    def load_model(self):
+        """The model with its gates."""
+        o = self.options
+        return loading.load_model(o.model, self.device, self.dtype, self.choice.gates, self.choice.heads)
+
+    def new_cache(self, model):
+        """An empty cache for a model that ``load_model`` gave, of this run or of one that needs the same gates."""
         from .. import bounded_cache
 
-        o = self.options
-        model = loading.load_model(o.model, self.device, self.dtype, self.choice.gates, self.choice.heads)
         with mendable():
             cache = bounded_cache(model, policy=self.decides, budget=self.budget, chunk=self.chunk)
         if self.choice.remark:
             loading.note(self.choice.remark)
-        torch.manual_seed(o.seed)
-        return model, cache
+        return cache
+
+    def runs_on_model_of(self, other: "Run") -> bool:
+        """Whether the model that another run loaded has all that this one needs."""
+        mine, theirs = self.choice, other.choice
+        same = self.options.model == other.options.model and self.options.gates == other.options.gates
+        gates = mine.gates is None or theirs.gates is not None
+        return same and gates and (not mine.heads or mine.policies == theirs.policies)
 
     @property
     def policy(self) -> str:
@@ -89,6 +106,7 @@ class Run:
             "peak_tokens_per_head": cache.peak_tokens,
             "peak_tokens_per_head_prefill": cache.peak_prefill_tokens,
             "peak_tokens_per_head_decode": cache.peak_decode_tokens,
+            "mean_tokens_per_head": cache.peak_mean_tokens,
             "mean_tokens_per_head_decode": cache.peak_mean_tokens,
             "profile": self.options.profile,
             "scope": self.budget.scope if self.bounded else "head",

@@ -48,17 +48,64 @@ def bytes_text(count: int) -> str:
     return f"{size:.1f} GB"
 
 
+def remark(text: str, as_json: bool = False) -> None:
+    """A line about an answer: faint, beside it on a terminal, else on stderr, as a pipe or a file wants the answer."""
+    click.echo(faint(text), err=as_json or not sys.stdout.isatty())
+
+
+def starting() -> None:
+    """The first sign of life on a terminal; the spinner that follows takes its place, once it could be imported."""
+    if sys.stderr.isatty():
+        print("starting ...", end="\r", file=sys.stderr, flush=True)
+
+
+def cut_mark(max_new_tokens: int, also: str = "") -> str:
+    """Says that an answer is not at its end."""
+    return f"[cut at {max_new_tokens:,} tokens: --max-new-tokens{also}]"
+
+
 def saved_line(cache, bounded: bool) -> str:
-    """What was seen, what is held, and what that saves:
-    ``seen 812 tokens · held 256 slots per head · cache 5.9 MB instead of 37.4 MB (84 % saved)``."""
-    seen, held = cache.get_seq_length(), cache.mean_held_tokens
+    """What was read and written, how much of it is held, and what that saves:
+    ``seen 812 tokens · held 256 per head · cache 5.9 MB instead of 37.4 MB (84 % saved)``."""
+    seen = cache.get_seq_length()
     full = cache.full_cache_bytes(seen)
-    line = f"seen {seen:,} tokens · held {held:,.0f} slots per head · cache {bytes_text(cache.nbytes)}"
+    line = f"seen {seen:,} tokens · held {held_text(cache) if bounded else 'all'} · cache {bytes_text(cache.nbytes)}"
     if not bounded:
         return f"{line}, growing with every token"
     if cache.nbytes >= full:  # slots are allocated once, so a short text saves nothing
-        return f"{line}, and never more (a full cache would be at {bytes_text(full)} by now)"
+        return f"{line}, and never more (holding all would take {bytes_text(full)} so far)"
     return f"{line} instead of {bytes_text(full)} ({100 * (1 - cache.nbytes / full):.0f} % saved)"
+
+
+def held_text(cache) -> str:
+    """How many tokens each KV head holds now, and of how many while there is room: ``256 per head``. Where layers have
+    shares of the budget, or heads share it, the budget is a mean, and the largest is named beside it:
+    ``229 of 256 per head on average (largest layer: 300 of 512)``."""
+    limits = [layer.budget.slots for layer in cache.slot_layers]
+    mean_limit = round(sum(limits) / len(limits))
+    mean, largest = round(cache.mean_held_tokens), cache.held_tokens
+    room = mean < mean_limit
+
+    def part(held: int, limit: int) -> str:
+        return f"{held:,} of {limit:,}" if room else f"{held:,}"
+
+    text = f"{part(mean, mean_limit)} per head"
+    if any(layer.budget.shared for layer in cache.slot_layers):
+        return f"{text} on average (most: {largest:,})"
+    if len(set(limits)) > 1:
+        return f"{text} on average (largest layer: {part(largest, max(limits))})"
+    return text
+
+
+def limit_text(cache) -> str:
+    """How many tokens a KV head can hold at most: ``256 tokens per head``."""
+    limits = [layer.budget.slots for layer in cache.slot_layers]
+    text = f"{round(sum(limits) / len(limits)):,} tokens per head"
+    if any(layer.budget.shared for layer in cache.slot_layers):
+        return f"{text} on average, shared among heads"
+    if len(set(limits)) > 1:
+        return f"{text} on average, {min(limits):,} to {max(limits):,} by layer"
+    return text
 
 
 class Reading:
