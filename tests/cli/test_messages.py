@@ -91,9 +91,10 @@ main()
 """
 
 
-@pytest.mark.parametrize(
-    "locale", [{}, {"LC_ALL": "C.UTF-8"}, {"LC_ALL": "C"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
-)
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.mark.parametrize("locale", [{}, {"LC_ALL": "C.UTF-8"}, {"LC_ALL": "C"}, ASCII])
 def test_a_wrong_byte_ends_a_piped_chat_in_one_line(locale):
     """No traceback in the locales that containers have, and bytes that are UTF-8 are read as that in all of them."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("LC_", "LANG", "PYTHONUTF8"))}

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
+import click
+
 from . import loading, saved_chat, settings, show
 from .ctrl_c import stoppable
 from .errors import UserError, one_line, out_of_memory
@@ -11,10 +13,13 @@ from .messages import Command
 
 HELP_HINT = "/help lists the commands"
 SLASHES = "A message that begins with a slash is written with two: //like this"
-KEYS = f'''Several lines are one message: paste them; or press Alt-Enter (or Esc, then Enter) for a new line; or write
-them between two """. {SLASHES}.
-Ctrl-C while the model reads a message drops the message, and all is as it was before. While the model writes, Ctrl-C
-ends the answer, and what was written stays. In a line, Ctrl-C clears the line; on an empty line, twice, it leaves.'''
+KEYS = (
+    "Several lines are one message: paste them; or press Alt-Enter (or Esc, then Enter) for a new line; or write them "
+    f'between two """. {SLASHES}.',
+    "Ctrl-C while the model reads a message drops the message, and all is as it was before. While the model writes, "
+    "Ctrl-C ends the answer, and what was written stays. In a line, Ctrl-C clears the line; on an empty line, pressed "
+    "twice, it leaves.",
+)
 
 
 @dataclass(frozen=True)
@@ -68,9 +73,12 @@ def _find(name: str) -> _Entry:
 
 
 def _help(chat, argument: str) -> None:
-    names = {name: f"/{name} {entry.takes}".rstrip() for name, entry in ENTRIES.items()}
-    width = max(map(len, names.values()))
-    chat.say("\n".join([*(f"{names[name]:<{width}}  {entry.help}" for name, entry in ENTRIES.items()), "", KEYS]))
+    text = click.HelpFormatter(width=show.width())
+    text.write_dl([(f"/{name} {entry.takes}".rstrip(), entry.help) for name, entry in ENTRIES.items()])
+    for paragraph in KEYS:
+        text.write_paragraph()
+        text.write_text(paragraph)
+    chat.say(text.getvalue().rstrip())
 
 
 def _clear(chat, argument: str) -> None:
@@ -230,7 +238,6 @@ def _read_again(messages) -> str:
 
 
 SYSTEM = "[TEXT]"
-NAMES = settings.NAMES
 ENTRIES = {
     "help": _Entry(_help, "", "this list"),
     "clear": _Entry(_clear, "", "forget the conversation, and empty the cache (also /reset)", ("reset",)),
@@ -242,7 +249,7 @@ ENTRIES = {
     "load": _Entry(_load, "FILE", "go on with a saved conversation: the model reads its messages", files=True),
     "system": _Entry(_system, SYSTEM, "show or set the system message, what the model is told first; none removes it"),
     "model": _Entry(_model, "[NAME]", "show the model, or change it: the new one reads the conversation so far"),
-    "set": _Entry(_set, "[NAME VALUE]", f"show or change a setting: {', '.join(NAMES)}", choices=NAMES),
+    "set": _Entry(_set, "[NAME VALUE]", "show the settings, or change one, such as temperature", choices=settings.NAMES),
     "stats": _Entry(_stats, "", "what the cache holds"),
     "exit": _Entry(_exit, "", "leave (also /quit and Ctrl-D)", ("quit",)),
 }

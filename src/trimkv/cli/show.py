@@ -1,6 +1,7 @@
 """How results look: JSON for programs, short lines and bars for people."""
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 
@@ -48,9 +49,17 @@ def bytes_text(count: int) -> str:
     return f"{size:.1f} GB"
 
 
+def width() -> int:
+    """The columns of text for people: those of the terminal."""
+    return max(shutil.get_terminal_size().columns, 20)
+
+
 def remark(text: str, as_json: bool = False) -> None:
-    """A line about an answer: faint, beside it on a terminal, else on stderr, as a pipe or a file wants the answer."""
-    click.echo(faint(text), err=as_json or not sys.stdout.isatty())
+    """Lines about an answer: faint, beside it on a terminal, else on stderr, as a pipe or a file wants the answer."""
+    beside = sys.stdout.isatty() and not as_json
+    if (sys.stdout if beside else sys.stderr).isatty():
+        text = "\n".join(line if len(line) <= width() else click.wrap_text(line, width()) for line in text.split("\n"))
+    click.echo(faint(text), err=not beside)
 
 
 def starting() -> None:

@@ -1,10 +1,11 @@
 """Text on a terminal, wrapped between words while it arrives."""
 
-import shutil
 import sys
 from collections.abc import Callable
 
 import click
+
+from . import show
 
 FENCE = "```"  # opens and closes a block of code
 
@@ -77,7 +78,7 @@ class Screen:
 
     def __init__(self):
         self.terminal = sys.stdout.isatty()
-        self.write = Wrapped(_echo, lambda: shutil.get_terminal_size().columns) if self.terminal else _echo
+        self.write = Wrapped(_echo, show.width) if self.terminal else _echo
 
     def end(self, mark: str = "") -> None:
         """After the last piece of an answer, with a mark behind it where there is a person to see it."""
