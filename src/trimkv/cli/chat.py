@@ -1,5 +1,6 @@
 """``trimkv chat``: a conversation without end in a cache that never grows."""
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -9,7 +10,7 @@ import click
 
 from . import loading, show, user_text
 from .chat_commands import COMPLETIONS, HELP_HINT, obey
-from .ctrl_c import stoppable
+from .ctrl_c import keys_wait, stoppable
 from .errors import UserError, one_line
 from .messages import join_blocks, parse
 from .options import budget_options, model_options, output_options, sampling_options
@@ -94,7 +95,7 @@ class Chat:
             marks: further keys of the note.
         """
         screen = Screen()
-        with loading.quiet(), show.Reading() as reading, stoppable(patient=self.typed) as stopped:
+        with self.working() as (stopped, reading):
             try:
                 out = ask(*arguments, None if self.json else screen.write, stopped, reading)
             except ValueError as error:
@@ -102,7 +103,9 @@ class Chat:
                 loading.note(one_line(error))
                 return
         if not out.token_ids:
-            self.say("[stopped while reading]" if marks else self._dropped())
+            lost = "the answer before stays" if marks else "this message was dropped"
+            again = "; the up arrow brings it back" if self.typed and not marks else ""
+            self.say(f"\n[stopped while reading: {lost}{again}]")
             return
         self._note(message, out, **marks)
         if not self.json:
@@ -112,6 +115,13 @@ class Chat:
         self.say(show.saved_line(self.cache, self.run.bounded))
         self.length.check(self.cache.get_seq_length())
 
+    @contextlib.contextmanager
+    def working(self) -> Iterator[tuple[Callable, Callable]]:
+        """While the model reads or writes: ``stopped`` and ``reading``, as ``answer`` takes them."""
+        keys = keys_wait() if self.typed else contextlib.nullcontext()
+        with loading.quiet(), show.Reading() as reading, keys, stoppable(patient=self.typed) as stopped:
+            yield stopped, reading
+
     def say(self, text: str) -> None:
         """A remark beside the conversation."""
         show.remark(text, self.json)
@@ -120,10 +130,6 @@ class Chat:
         """What the policy holds at most."""
         held = f"holds at most {show.limit_text(self.cache)}" if self.run.bounded else "holds every token"
         return f"policy {self.run.policy} {held}"
-
-    def _dropped(self) -> str:
-        again = "; the up arrow brings it back" if self.typed else ""
-        return f"[stopped while reading: this message was dropped{again}]"
 
     def _note(self, message: str, out, **marks) -> None:
         self.turns.append(

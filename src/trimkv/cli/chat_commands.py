@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import click
 
 from . import loading, saved_chat, settings, show
-from .ctrl_c import stoppable
 from .errors import UserError, one_line, out_of_memory
 from .messages import Command
 
@@ -223,13 +222,13 @@ def _move(chat, **options) -> tuple | None:
 
 def _read(chat, conversation, messages, system) -> bool:
     """Lets a conversation read messages anew. False if Ctrl-C stopped it: everything is as it was."""
-    with loading.quiet(), show.Reading() as reading, stoppable(patient=chat.typed) as stopped:
+    with chat.working() as (stopped, reading):
         try:
             whole = conversation.take_over(messages, system, stopped, reading)
         except ValueError as error:
             raise UserError(one_line(error)) from error
     if not whole:
-        chat.say("[stopped: everything is as it was before]")
+        chat.say("\n[stopped: everything is as it was before]")
     return whole
 
 
@@ -249,7 +248,7 @@ ENTRIES = {
     "load": _Entry(_load, "FILE", "go on with a saved conversation: the model reads its messages", files=True),
     "system": _Entry(_system, SYSTEM, "show or set the system message, what the model is told first; none removes it"),
     "model": _Entry(_model, "[NAME]", "show the model, or change it: the new one reads the conversation so far"),
-    "set": _Entry(_set, "[NAME VALUE]", "show the settings, or change one, such as temperature", choices=settings.NAMES),
+    "set": _Entry(_set, "[NAME VALUE]", "show the settings, or change one, like temperature", choices=settings.NAMES),
     "stats": _Entry(_stats, "", "what the cache holds"),
     "exit": _Entry(_exit, "", "leave (also /quit and Ctrl-D)", ("quit",)),
 }

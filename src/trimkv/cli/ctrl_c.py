@@ -1,8 +1,9 @@
-"""Ctrl-C within a chat: it stops what runs, and the conversation goes on."""
+"""Keys that are pressed while a chat reads or writes: Ctrl-C stops that, all others wait for the next line."""
 
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 
@@ -35,3 +36,26 @@ def stoppable(patient: bool) -> Iterator[Callable[[], bool]]:
         yield lambda: presses > 0
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def keys_wait() -> Iterator[None]:
+    """Keeps what is typed meanwhile off the screen, where it would stand amidst the answer; the next line has it."""
+    try:
+        import termios
+    except ImportError:  # Windows
+        yield
+        return
+    try:
+        terminal = sys.stdin.fileno()
+        before = termios.tcgetattr(terminal)
+    except (OSError, ValueError, termios.error):  # no terminal
+        yield
+        return
+    now = termios.tcgetattr(terminal)
+    now[3] &= ~(termios.ECHO | termios.ICANON)
+    termios.tcsetattr(terminal, termios.TCSADRAIN, now)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(terminal, termios.TCSADRAIN, before)
