@@ -12,7 +12,7 @@ help:  ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.trimkv-base  ## install, fetch the default model and answer a question with 256 KV slots
-	$(BIN)/trimkv generate --model smollm2 --prompt-file examples/demo_prompt.txt --budget 256 --max-new-tokens 96
+	$(BIN)/trimkv generate --model smollm2 --prompt-file examples/demo_prompt.txt --budget 256 --max-new-tokens 96 2>&1
 
 test: $(VENV)/.trimkv-test  ## install the test extra and run the test suite on the CPU
 	$(BIN)/python -m pytest $(PYTEST_ARGS) --numprocesses auto --maxprocesses 8 --dist worksteal

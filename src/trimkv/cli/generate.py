@@ -37,7 +37,9 @@ def generate(**options):
 
     The KV cache is what a model keeps of each token (a word or a part of one) that it has read or written. Here it has
     a fixed size: the budget says how many tokens each attention head may hold, and the policy decides which of them go
-    when all places (slots) are taken. What has gone, the model no longer knows.
+    when all places (slots) are taken. The model no longer knows what has gone. Gates are small trained networks that
+    say how long a token will be of use; they may give some layers more places than others, and the budget is then the
+    average over layers.
     """
     o = SimpleNamespace(**options)
     prompt = _prompt(o.words, o.prompt, o.prompt_file)
