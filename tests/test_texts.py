@@ -57,7 +57,11 @@ def test_every_known_record_is_read_with_its_place(tmp_path):
         ("a.txt", "some words\nand \u2019 more".encode("utf-16-le"), ["a.txt: UTF-16 text; save it as UTF-8"]),
         ("a.txt", "some words\nand \u2019 more".encode("utf-16-be"), ["a.txt: UTF-16 text; save it as UTF-8"]),
         ("a.txt", "some words".encode("utf-32"), ["a.txt: UTF-32 text; save it as UTF-8"]),
-        ("a.jsonl.gz", gzip.compress('{"text": "x"}'.encode("utf-16")), ["a.jsonl.gz: UTF-16 text; save it as UTF-8"]),
+        (
+            "a.jsonl.gz",
+            gzip.compress('{"text": "x"}'.encode("utf-16"), mtime=0),
+            ["a.jsonl.gz: UTF-16 text; save it as UTF-8"],
+        ),
         ("a.txt", bytes([1, 0, 2, 0, 3, 0]), ["line 1", "binary"]),
         ("a.txt.gz", b"not gzipped", ["not a readable gzip file"]),
         ("a.txt.gz", gzip.compress(b"cut short " * 1000, mtime=0)[:40], ["not a readable gzip file"]),

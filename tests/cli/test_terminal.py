@@ -107,6 +107,10 @@ def test_a_conversation(terminal, folder, tmp_path):
     assert "holds at most 24 tokens per head" in shown
     chat.expect(PROMPT)
 
+    chat.press("/help\r")
+    chat.expect(f"What you type is kept in {tmp_path}/home/chat_history")
+    chat.expect(PROMPT)
+
     chat.press("\x1b[200~one\rtwo\rthree\x1b[201~")
     chat.expect("three")
     chat.press("\r")

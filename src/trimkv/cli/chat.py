@@ -2,8 +2,9 @@
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import click
@@ -40,15 +41,21 @@ def chat(**options):
     """
     o = SimpleNamespace(**options)
     o.system = user_text.argument(o.system, "--system")
-    Chat(Chat.check(o)).talk()
+    typed = user_text.stdin_is_terminal() and (sys.stdout.isatty() or sys.stderr.isatty())
+    lines = None if typed else user_text.StdinLines()
+    Chat(Chat.check(o), lines).talk()
 
 
 class Chat:
-    """The terminal's side of a conversation: reads messages, obeys commands, prints answers."""
+    """The terminal's side of a conversation: reads messages, obeys commands, prints answers.
 
-    def __init__(self, run: Run):
+    Args:
+        lines: what is piped in; None where a person types.
+    """
+
+    def __init__(self, run: Run, lines: Iterable[str] | None):
         self.json = run.options.as_json
-        self.typed = user_text.stdin_is_terminal() and (sys.stdout.isatty() or sys.stderr.isatty())
+        self.lines, self.typed = lines, lines is None
         self.turns: list[dict] = []
         model, cache = run.start()
         self.use(run, self.new_conversation(run, model, cache))
@@ -77,6 +84,13 @@ class Chat:
     @property
     def cache(self):
         return self.conversation.cache
+
+    @property
+    def history(self) -> Path:
+        """Where what was typed is kept."""
+        from ..embedded import cache_home
+
+        return cache_home() / "chat_history"
 
     def talk(self) -> None:
         if self.typed:
@@ -169,9 +183,8 @@ class Chat:
     def _entered(self) -> Iterator[str]:
         """What is typed, or what is piped in, until its end."""
         if not self.typed:
-            yield from join_blocks(user_text.stdin_lines())
+            yield from join_blocks(self.lines)
             return
-        from ..embedded import cache_home
         from .keyboard import Keyboard
 
-        yield from Keyboard(cache_home() / "chat_history", COMPLETIONS).messages()
+        yield from Keyboard(self.history, COMPLETIONS).messages()

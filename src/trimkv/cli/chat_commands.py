@@ -74,7 +74,8 @@ def _find(name: str) -> _Entry:
 def _help(chat, argument: str) -> None:
     text = click.HelpFormatter(width=show.width())
     text.write_dl([(f"/{name} {entry.takes}".rstrip(), entry.help) for name, entry in ENTRIES.items()])
-    for paragraph in KEYS:
+    kept = (f"What you type is kept in {chat.history} for the up arrow; nobody else may read it.",)
+    for paragraph in (*KEYS, *(kept if chat.typed else ())):
         text.write_paragraph()
         text.write_text(paragraph)
     chat.say(text.getvalue().rstrip())

@@ -1,9 +1,12 @@
 """Text that people type, pipe in or name: always UTF-8, whatever the locale says."""
 
 import gzip
+import io
+import os
+import select
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ..texts import decode_text, refuse_other_encodings
@@ -65,15 +68,51 @@ def read_stdin() -> str:
         return decode_text(data, STDIN)
 
 
-def stdin_lines() -> Iterator[str]:
+class StdinLines:
     """The lines of standard input as they arrive, each without its end.
 
+    What has arrived already is checked at once, so that a file in another encoding is refused before anything is done
+    with its first lines.
+
     Raises:
-        UserError: a line that is not UTF-8 text.
+        UserError: a line that is not UTF-8 text; now, or when it arrives.
     """
+
+    def __init__(self):
+        self.stream = _stdin()
+        self.ahead, ended = _arrived(self.stream)
+        whole = self.ahead if ended else self.ahead[: self.ahead.rfind(b"\n") + 1]
+        for _ in _decoded(io.BytesIO(whole)):
+            pass
+
+    def __iter__(self) -> Iterator[str]:
+        return _decoded(self._lines())
+
+    def _lines(self) -> Iterator[bytes]:
+        for line in io.BytesIO(self.ahead):
+            yield line if line.endswith(b"\n") else line + self.stream.readline()
+        yield from self.stream
+
+
+def _arrived(stream) -> tuple[bytes, bool]:
+    """The bytes that can be read without waiting, up to a megabyte, and whether they are all."""
+    found = b""
+    try:
+        number = stream.fileno()
+        while len(found) < 1 << 20 and select.select([number], [], [], 0)[0]:
+            block = os.read(number, 1 << 16)
+            if not block:
+                return found, True
+            found += block
+    except (OSError, ValueError):  # what has no number; Windows, which asks so of sockets only
+        pass
+    return found, False
+
+
+def _decoded(lines: Iterable[bytes]) -> Iterator[str]:
     number = 0
     try:
-        for number, line in enumerate(_stdin(), 1):
+        for number, line in enumerate(lines, 1):
             if number == 1:
                 with mendable():
                     refuse_other_encodings(line, STDIN)
