@@ -25,7 +25,7 @@ def converse(policy="streaming_llm", budget=24, chunk=16, tokenizer=None, temper
 
 
 def stop_after(asked: int):
-    """Ctrl-C, noticed when the program asks for the so-manieth time."""
+    """Ctrl-C, noticed once the program has asked this many times."""
     times = iter(range(1000))
     return lambda: next(times) >= asked
 

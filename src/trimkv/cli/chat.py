@@ -13,7 +13,7 @@ from . import loading, show, user_text
 from .chat_commands import COMPLETIONS, HELP_HINT, obey
 from .ctrl_c import keys_wait, stoppable
 from .errors import UserError, one_line
-from .messages import join_blocks, parse
+from .messages import Command, join_blocks, parse
 from .options import budget_options, model_options, output_options, sampling_options
 from .run import LengthWarning, Run
 from .wrapping import Screen
@@ -96,13 +96,20 @@ class Chat:
         if self.typed:
             self.say(f"{self.run.options.model} · {self.limit()} · {HELP_HINT}")
         for text in self._entered():
-            found = parse(text)
-            if isinstance(found, str):
-                self.answer(found, self.conversation.say, found)
-            elif found and obey(self, found):
-                break
+            with keys_wait() if self.typed else contextlib.nullcontext():
+                if self._take(text):
+                    break
         if self.json:
             show.emit(self._report())
+
+    def _take(self, text: str) -> bool:
+        """Answers a message or obeys a command. Returns whether the chat shall end."""
+        found = parse(text)
+        if isinstance(found, Command):
+            return obey(self, found)
+        if found:
+            self.answer(found, self.conversation.say, found)
+        return False
 
     def answer(self, message: str, ask: Callable, *arguments, **marks) -> None:
         """Prints and notes what ``ask(*arguments, write, stopped, reading)`` answers to a message.
@@ -116,7 +123,7 @@ class Chat:
                 out = ask(*arguments, None if self.json else screen.write, stopped, reading)
             except ValueError as error:
                 # Only the template speaks in ValueErrors about a message; nothing was fed yet.
-                loading.note(one_line(error))
+                show.refusal(one_line(error))
                 return
         if not out.token_ids:
             lost = "the answer before stays" if marks else "this message was dropped"
@@ -134,8 +141,7 @@ class Chat:
     @contextlib.contextmanager
     def working(self) -> Iterator[tuple[Callable, Callable]]:
         """While the model reads or writes: ``stopped`` and ``reading``, as ``answer`` takes them."""
-        keys = keys_wait() if self.typed else contextlib.nullcontext()
-        with loading.quiet(), show.Reading() as reading, keys, stoppable(patient=self.typed) as stopped:
+        with loading.quiet(), show.Reading() as reading, stoppable(patient=self.typed) as stopped:
             yield stopped, reading
 
     def say(self, text: str) -> None:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import click
 
-from . import loading, saved_chat, settings, show
+from . import saved_chat, settings, show
 from .errors import UserError, one_line, out_of_memory
 from .messages import Command
 
@@ -59,7 +59,7 @@ def obey(chat, command: Command) -> bool:
         entry.do(chat, command.argument)
         return entry is ENTRIES["exit"]
     except UserError as error:
-        loading.note(one_line(error, limit=600))
+        show.refusal(one_line(error, limit=600))
         return False
 
 

@@ -57,9 +57,19 @@ def width() -> int:
 def remark(text: str, as_json: bool = False) -> None:
     """Lines about an answer: faint, beside it on a terminal, else on stderr, as a pipe or a file wants the answer."""
     beside = sys.stdout.isatty() and not as_json
-    if (sys.stdout if beside else sys.stderr).isatty():
-        text = "\n".join(line if len(line) <= width() else click.wrap_text(line, width()) for line in text.split("\n"))
-    click.echo(faint(text), err=not beside)
+    click.echo(faint(_fitted(text, sys.stdout if beside else sys.stderr)), err=not beside)
+
+
+def refusal(text: str) -> None:
+    """What is wrong with something that was entered, where the program goes on."""
+    click.echo(_fitted(f"trimkv: {text}", sys.stderr), err=True)
+
+
+def _fitted(text: str, stream) -> str:
+    """Lines that are too long for a terminal, broken between words."""
+    if not stream.isatty():
+        return text
+    return "\n".join(line if len(line) <= width() else click.wrap_text(line, width()) for line in text.split("\n"))
 
 
 def starting() -> None:
