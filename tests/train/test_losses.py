@@ -1,5 +1,6 @@
 """Losses equal their definitions, written out densely, whatever the chunk; and only what counts counts."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +10,14 @@ import torch
 import torch.nn.functional as F
 
 import tiny
+import trimkv
+from peers.authors import loss_cases
+from tiny_text import save_model
+from trimkv.cli.app import run
+from trimkv.gates.attach import new_gates
+from trimkv.train.config import GateConfig
 from trimkv.train.losses import capacity_loss, combine, distillation_losses, logits_of, occupancy
+from trimkv.train.student import Student
 
 KINDS = ("kl", "ntp", "reverse_kl")
 E, V = 12, 31
@@ -159,7 +167,7 @@ def loops(sums_LBHT, budgets, start, mask, normaliser, scope):
                 if normaliser == "paper":
                     values.append(x / length)
                 elif x > 0:
-                    values.append(x / max(1.0, length - M))
+                    values.append(x / max(1 / (L * H) if scope == "global" else 1.0, length - 1 - M))
     return sum(values) / max(1, len(values))
 
 
@@ -209,6 +217,52 @@ def test_losses_are_summed_as_in_the_paper_or_averaged_as_in_the_code():
     losses, capacity = {"kl": torch.tensor(1.0), "ntp": torch.tensor(3.0)}, torch.tensor(5.0)
     assert combine(losses, capacity, 2.0) == 14
     assert combine(losses, capacity, 2.0, average=True) == 12
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_a_training_averages_its_losses_where_its_config_says_so(average):
+    model, ids = tiny.build("llama"), tiny.tokens(2, 24)
+    config = GateConfig(budget=4, context=24, losses=("kl", "ntp"), average_losses=average, capacity_weight=2.0)
+    parts = Student(trimkv.attach(model, new_gates(model, intermediate_size=8)), config)(ids)
+    expected = (parts["kl"] + parts["ntp"]) / (2 if average else 1) + 2 * parts["capacity"]
+    torch.testing.assert_close(parts["loss"].detach(), expected)
+
+
+def test_the_command_line_reaches_the_average(tmp_path, capsys):
+    text, folder = tmp_path / "a.txt", save_model(tmp_path / "model")
+    text.write_text("A fox ran over the hill and a hen ran after it. " * 20)
+    command = ["train", "--model", folder, "--data", text, "--context", 64, "--steps", 1, "--batch-size", 1]
+    command += ["--losses", "kl,ntp", "--average-losses", "--output", tmp_path / "out"]
+    assert run([str(argument) for argument in command]) == 0, capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "training.json").read_text())["average_losses"] is True
+
+
+@pytest.mark.parametrize("field, value", [("normaliser", "theirs"), ("scope", "layer"), ("losses", ("kl", "fwkl"))])
+def test_unknown_words_in_a_config_are_refused_before_training(field, value):
+    with pytest.raises(ValueError, match=f"{field} must be"):
+        GateConfig(**{field: value})
+
+
+# What the authors' package computes: trimkv 0.1.5 from PyPI with torch 2.13.0, for the inputs of seeds 0 to 7 in
+# tests/peers/authors/loss_cases.py. `tests/peers/authors/parity.sh --losses 200` compares 200 of each.
+RELEASED_CAPACITY = [0.6968474, 0.9248503, 0.8030356, 0.8699535, 0.4961590, 0.8897597, 0.5645792, 0.8471627]
+RELEASED = {
+    "fwkl": [4.8598709, 4.2765689, 4.3207088, 4.5503254, 4.2640228, 4.7298546, 4.5479441, 4.3031125],
+    "ntp": [5.9049473, 5.7900167, 5.9039707, 6.6918330, 6.2179117, 6.0181999, 6.0545058, 5.7839584],
+    "rvkl": [4.5733800, 4.6648417, 4.5077324, 4.3515801, 3.9476273, 4.7436218, 4.2938166, 4.0752339],
+    "fwkl+ntp": [5.3824091, 5.0332928, 5.1123400, 5.6210794, 5.2409673, 5.3740273, 5.3012247, 5.0435352],
+}
+
+
+def test_released_capacity_is_that_of_the_authors_package():
+    for seed, expected in enumerate(RELEASED_CAPACITY):
+        assert loss_cases.our_capacity(seed) == pytest.approx(expected, rel=1e-5), seed
+
+
+@pytest.mark.parametrize("kinds", RELEASED)
+def test_base_losses_are_those_of_the_authors_package(kinds):
+    for seed, expected in enumerate(RELEASED[kinds]):
+        assert loss_cases.our_base(seed, kinds) == pytest.approx(expected, rel=1e-5), seed
 
 
 @pytest.mark.parametrize("kind", ["kl", "ntp"])

@@ -16,7 +16,7 @@ from .options import model_options, output_options
 LOSSES = ("kl", "ntp", "reverse_kl")
 HEADS = ("locret", "seer_attention_r")  # baselines with trained heads
 FOR_GATES = ("budget", "stage", "losses", "capacity_weight", "bias_learning_rate", "kind", "intermediate_size")
-FOR_GATES += ("response_only", "fast")
+FOR_GATES += ("average_losses", "response_only", "fast")
 FOR_HEADS = {"width": HEADS, "block_size": HEADS[1:]}  # option -> methods that have it
 SHOWN = ("kl", "capacity", "regression", "smoothness", "distillation")  # losses, on the live line and at the end
 REPORTERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}  # name -> packages, one of them
@@ -47,6 +47,9 @@ REPORTERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)
     help="eviction is a second stage for gates from the first: give them with --gates.",
 )
 @click.option("--losses", default="kl", show_default=True, help=f"Of {', '.join(LOSSES)}, with commas between.")
+@click.option(
+    "--average-losses", is_flag=True, help="Take the mean of several losses instead of their sum, as the authors' code."
+)
 @click.option("--capacity-weight", type=click.FloatRange(min=0), default=4.0, show_default=True)
 @click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), default=3e-3, show_default=True)
 @click.option("--bias-learning-rate", type=click.FloatRange(min=0, min_open=True), default=5e-2, show_default=True)
@@ -193,7 +196,7 @@ def _config(o: SimpleNamespace, reporters: tuple[str, ...]):
     if not losses or any(name not in LOSSES for name in losses):
         raise UserError(f"--losses {o.losses}: known losses are {', '.join(LOSSES)}")
     names = ("budget", "context", "steps", "batch_size", "accumulation", "stage", "capacity_weight", "learning_rate")
-    names += ("bias_learning_rate", "kind", "intermediate_size", "seed", "save_steps")
+    names += ("bias_learning_rate", "kind", "intermediate_size", "seed", "save_steps", "average_losses")
     how = {"checkpointing": False, "cuda_graph": True, "compile": True} if o.fast else {}
     return GateConfig(losses=losses, report_to=reporters, **how, **{name: getattr(o, name) for name in names})
 

@@ -5,6 +5,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 STAGES = ("decay", "eviction")
+LOSSES = ("kl", "ntp", "reverse_kl")
+NORMALISERS = ("paper", "released")
+SCOPES = ("head", "global")
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,8 @@ class GateConfig:
         accumulation: backward passes per optimizer step.
         stage: "decay", the paper's training, or "eviction", a second stage in which the forward pass cuts (softly) at
             budgets drawn for each row, so that gates learn the order that eviction will use.
-        losses: of "kl", "ntp", "reverse_kl"; summed.
+        losses: of "kl", "ntp", "reverse_kl".
+        average_losses: take their mean, as the authors' released trainer does, instead of their sum, as the paper does.
         capacity_weight: factor on the capacity loss.
         normaliser: "paper" or "released", see ``capacity_loss``.
         scope: "head" or "global", likewise.
@@ -49,6 +53,7 @@ class GateConfig:
     accumulation: int = 1
     stage: str = "decay"
     losses: tuple[str, ...] = ("kl",)
+    average_losses: bool = False
     capacity_weight: float = 4.0
     normaliser: str = "paper"
     scope: str = "head"
@@ -75,6 +80,11 @@ class GateConfig:
     def __post_init__(self):
         if self.stage not in STAGES:
             raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {self.stage!r}")
+        for name, known in (("normaliser", NORMALISERS), ("scope", SCOPES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if not self.losses or not set(self.losses) <= set(LOSSES):
+            raise ValueError(f"losses must be of {', '.join(LOSSES)}, got {', '.join(self.losses) or 'none'}")
         for name in ("budget", "steps", "batch_size", "accumulation", "intermediate_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

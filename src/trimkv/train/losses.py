@@ -68,6 +68,9 @@ def distillation_losses(
     No more than ``chunk`` positions have logits at any time.
     Gradients reach the student's hidden states only: the weights behind ``project`` are frozen.
 
+    In trimkv 0.1.5, the authors' package, "ntp" is the same, but its "fwkl" and "rvkl" (here "kl" and "reverse_kl")
+    count position t where ``labels[t]`` is not -100. Labels shifted right by one give its values.
+
     Args:
         teacher_hidden_BTE: last hidden states of the same model without gates; None if only "ntp" is asked for.
         project: hidden states -> logits, see ``logits_of``.
@@ -170,7 +173,13 @@ def capacity_loss(
 
     t counts the tokens of the document so far, from 1. Let x = max(0, S_t - M). Then
         "paper" is the mean of x / t over all tokens, heads and layers (section 4.3);
-        "released" is the mean of x / max(1, t - M) over those with x > 0 only, as the authors' code has it.
+        "released" is the mean over those with x > 0 only, as the authors' package has it: there positions count from 0
+        and the divisor is max(1, t - 1 - M). Under scope "global" its sums over all N heads are divided by N here, so
+        that the least divisor is 1 / N.
+
+    "released" was compared with trimkv 0.1.5 from PyPI, from log retention to loss: 200 random inputs, both scopes, one
+    and several documents in a row (tests/peers/authors/parity.sh). That code knows no mask, and for scope "head" no
+    more than one row; several rows share one mean here, as they do there for scope "global".
 
     Args:
         sums: retention sums S, see ``attention.retention_sum``: [B, H, T], or [L, B, H, T], or a list of L [B, H, T].
@@ -182,12 +191,15 @@ def capacity_loss(
     """
     assert normaliser in ("paper", "released") and scope in ("head", "global"), (normaliser, scope)
     S_BHT = _all_heads(sums)
+    least = 1.0
     if scope == "global":
+        least = 1.0 / S_BHT.shape[1]
         S_BHT = S_BHT.mean(1, keepdim=True)
     M_B11 = _as_tensor(budget, S_BHT).reshape(-1, 1, 1)
     t_BT = torch.arange(1, S_BHT.shape[-1] + 1, device=S_BHT.device).expand(S_BHT.shape[0], -1)
     t_B1T = (t_BT if start_BT is None else t_BT - start_BT)[:, None].to(S_BHT.dtype)
-    excess = (S_BHT - M_B11).relu() / (t_B1T if normaliser == "paper" else (t_B1T - M_B11).clamp(min=1))
+    divisor = t_B1T if normaliser == "paper" else (t_B1T - 1 - M_B11).clamp(min=least)
+    excess = (S_BHT - M_B11).relu() / divisor
     counted = torch.ones_like(t_B1T, dtype=torch.bool) if mask_BT is None else mask_BT.bool()[:, None]
     if normaliser == "released":
         counted = counted & (excess > 0)
@@ -211,7 +223,7 @@ def combine(
 ) -> torch.Tensor:
     """The sum of the losses plus ``weight`` times the capacity loss, as the paper has it.
 
-    ``average`` takes the mean of the losses instead of their sum, as the authors' released code does.
+    ``average`` takes the mean of the losses instead of their sum, as trimkv 0.1.5, the authors' package, does.
     """
     total = sum(losses.values())
     return (total / len(losses) if average else total) + weight * capacity

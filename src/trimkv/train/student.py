@@ -127,7 +127,7 @@ class Student(nn.Module):
         kinds = settings.losses
         losses = distillation_losses(student, teacher, self.project, labels, kinds, weight_B=weight, static=static)
         capacity = capacity_loss(sums, settings.budget, start, mask, settings.normaliser, settings.scope)
-        loss = combine(losses, capacity, settings.capacity_weight)
+        loss = combine(losses, capacity, settings.capacity_weight, settings.average_losses)
         log = {**losses, "capacity": capacity, "occupancy": occupancy(sums, settings.budget, mask)}
         return {"loss": loss, **{name: value.detach() for name, value in log.items()}}
 
