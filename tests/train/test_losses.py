@@ -244,7 +244,7 @@ def test_unknown_words_in_a_config_are_refused_before_training(field, value):
 
 
 # What the authors' package computes: trimkv 0.1.5 from PyPI with torch 2.13.0, for the inputs of seeds 0 to 7 in
-# tests/peers/authors/loss_cases.py. `tests/peers/authors/parity.sh --losses 200` compares 200 of each.
+# tests/peers/authors/loss_cases.py. `tests/peers/authors/parity.sh` compares 200 of each.
 RELEASED_CAPACITY = [0.6968474, 0.9248503, 0.8030356, 0.8699535, 0.4961590, 0.8897597, 0.5645792, 0.8471627]
 RELEASED = {
     "fwkl": [4.8598709, 4.2765689, 4.3207088, 4.5503254, 4.2640228, 4.7298546, 4.5479441, 4.3031125],

@@ -1,5 +1,6 @@
 from transformers import LlamaForCausalLM
 
+from .absent import companions
 from .published import DEFAULTS, PublishedModel
 
 
@@ -10,3 +11,4 @@ class TrimKVLlamaForCausalLM(PublishedModel, LlamaForCausalLM):
 
 
 __all__ = ["TrimKVLlamaForCausalLM"]
+__getattr__ = companions(__name__, "Llama")

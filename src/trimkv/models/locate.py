@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from .. import embedded
+
 DOWNLOAD_FROM = ("huggingface", "local", "wandb")
 HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 
@@ -28,20 +30,27 @@ def gate_folder(path: str, download_from: str, hub_options: dict) -> Path:
     return _from_hub(path, hub_options)
 
 
-def base_of(name: str, folder: Path) -> str:
-    """Folder or hub id of the base weights that ``base_model`` in a gate folder's config.json names.
+def base_of(name: str, folder: Path, network: bool = True) -> str:
+    """Folder or hub id of the base weights that ``base_model`` in a gate folder's config.json or gates.json names.
 
-    A relative folder is looked for beside the gates first, so that the two can move together.
+    A relative folder is looked for beside the gates first, so that the two can move together. The default model's alias
+    is its folder, fetched if need be.
 
     Raises:
-        ValueError: the name is written as a folder and there is none.
+        ValueError: the name is written as a folder and there is none; or the default model cannot be fetched.
     """
     for candidate in (folder / Path(name).expanduser(), Path(name)):
         if candidate.is_dir():
             return str(candidate.resolve())
     if name.startswith((".", "/", "~")):
-        raise ValueError(f"base_model {name}, named in {folder / 'config.json'}, is no folder here")
-    return name
+        named_in = folder / ("config.json" if (folder / "config.json").exists() else "gates.json")
+        raise ValueError(f"base_model {name}, named in {named_in}, is no folder here")
+    if name == embedded.ALIAS and not network and not embedded.is_cached():
+        raise ValueError(f"base model {name} is not on this machine yet; leave out download_from='local' to fetch it")
+    try:
+        return embedded.resolve(name)
+    except embedded.FetchError as error:
+        raise ValueError(str(error)) from None
 
 
 def _from_hub(repo: str, options: dict) -> Path:

@@ -1,5 +1,6 @@
 from transformers import Phi3ForCausalLM
 
+from .absent import companions
 from .published import DEFAULTS, PublishedModel
 
 
@@ -10,3 +11,4 @@ class TrimKVPhi3ForCausalLM(PublishedModel, Phi3ForCausalLM):
 
 
 __all__ = ["TrimKVPhi3ForCausalLM"]
+__getattr__ = companions(__name__, "Phi3")

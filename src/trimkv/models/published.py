@@ -7,12 +7,14 @@ import logging
 from pathlib import Path
 
 import torch
+from transformers import AutoConfig
 from transformers.utils import is_accelerate_available
 
 from ..cache.hooks import install
 from ..cache_utils import TrimKVCache, check_strategy
 from ..gates.attach import attach, new_gates
 from ..gates.files import META, PUBLISHED_META, PUBLISHED_WEIGHTS, WEIGHTS, GateSet, load_gates, save_gates
+from ..gates.gate import KINDS
 from .locate import HUB_OPTIONS, base_of, gate_folder, reason
 
 logger = logging.getLogger(__name__)
@@ -32,6 +34,8 @@ DEFAULTS = {
     "floor_budget_ratio": 0,
     "memory_size": 1024,
     "buffer_size": 1,
+    "global_capacity": True,
+    "tie_retention_gate_layers": True,
 }
 # Arguments of from_pretrained that are attributes of a config too.
 _NOT_SETTINGS = ("dtype", "attn_implementation", "quantization_config", "name_or_path")
@@ -40,7 +44,17 @@ _SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")  # values of devi
 
 
 class PublishedModel:
-    """Mixed into a stock ``...ForCausalLM``; model code stays stock."""
+    """Mixed into a stock ``...ForCausalLM``; model code stays stock.
+
+    What a stock model does works: batches with left padding, sampling, beams, several turns on one cache, saving and
+    loading again, ``dtype`` or ``torch_dtype``, ``device_map``. ``model.config.compress_memory = False`` keeps every
+    token.
+
+    Different on purpose from the released package 0.1.5: ``generate`` without ``past_key_values`` makes a
+    ``TrimKVCache`` (there, it fails); memory_size, buffer_size, compress_strategy and compress_memory of the config
+    count, as in the code that came with the paper; ``download_from`` defaults to "huggingface", which takes folders
+    too; training needs ``trimkv train``, not ``model(..., labels=...)``, whose loss is the stock one.
+    """
 
     published_defaults: dict = DEFAULTS
     _keys_to_ignore_on_load_unexpected = [r"\.retention_gate\."]
@@ -52,7 +66,10 @@ class PublishedModel:
         """Loads the base weights, puts the gates on, and selects slot attention.
 
         Args:
-            path: where config.json and the gates are; its ``base_model`` says where the base weights are.
+            path: where the gates are. Beside published ones lies a config.json, beside ours a gates.json; its
+                ``base_model`` says where the base weights are ("smollm2" is the default model, fetched if need be).
+                Settings that gates.json does not have are this class's defaults: memory_size is not its
+                trained_budget.
             load_trimkv_weights: False starts with fresh gates, initialised from ``retention_gate_bias_init``.
             download_from: "huggingface" (a folder or a repository), "local" (a folder; no network, for the base weights
                 either), or "wandb" (an artifact).
@@ -66,12 +83,17 @@ class PublishedModel:
             kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
         if download_from == "local":
             kwargs.setdefault("local_files_only", True)
-        folder = gate_folder(path, download_from, {k: kwargs[k] for k in HUB_OPTIONS if k in kwargs})
-        config = copy.deepcopy(kwargs.pop("config", None)) or _read_config(cls, folder)
+        hub_options = {k: kwargs[k] for k in HUB_OPTIONS if k in kwargs}
+        folder = gate_folder(path, download_from, hub_options)
+        hub_options.pop("revision", None)  # of the gates' repository
+        config = copy.deepcopy(kwargs.pop("config", None)) or _read_config(
+            cls, folder, hub_options, network=download_from != "local"
+        )
+        _check_kind(config, folder)
         gates = _read_gates(folder) if load_trimkv_weights else None
         if getattr(config, "base_model", None):
-            base = base_of(config.base_model, folder)
-            kwargs.pop("revision", None)  # of the gates' repository
+            base = base_of(config.base_model, folder, network=download_from != "local")
+            kwargs.pop("revision", None)
         else:
             base = path if download_from == "huggingface" else str(folder)
             if gates is not None:
@@ -109,15 +131,53 @@ class PublishedModel:
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
 
-def _read_config(cls, folder: Path):
+def _read_config(cls, folder: Path, hub_options: dict, network: bool):
+    if not (folder / PUBLISHED_META).exists() and (folder / META).exists():
+        return _config_of_base(cls, folder, hub_options, network)
     try:
         settings = json.loads((folder / PUBLISHED_META).read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} has no readable {PUBLISHED_META}: {reason(error)}") from None
+        raise ValueError(f"{folder} has no readable {PUBLISHED_META}, nor a {META}: {reason(error)}") from None
     kind = settings.get("model_type", cls.config_class.model_type)
     if kind != cls.config_class.model_type:
         raise ValueError(f"{folder} is for a {kind} model, {cls.__name__} is for {cls.config_class.model_type}")
     return cls.config_class.from_dict(settings)
+
+
+def _config_of_base(cls, folder: Path, hub_options: dict, network: bool):
+    """For gates in our layout: the base model's config, and what gates.json says of the gates."""
+    try:
+        meta = json.loads((folder / META).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} has no readable {META}: {reason(error)}") from None
+    if not isinstance(meta, dict) or not meta.get("base_model"):
+        raise ValueError(
+            f"{folder / META} names no base_model: add it, or load the model yourself and call "
+            f"trimkv.attach(model, gates={str(folder)!r})"
+        )
+    base = base_of(meta["base_model"], folder, network)
+    try:
+        config = AutoConfig.from_pretrained(base, **hub_options)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"base model {base}, named in {folder / META}, could not be read: {reason(error)}") from error
+    if config.model_type != cls.config_class.model_type:
+        raise ValueError(
+            f"{folder} is for a {config.model_type} model, {cls.__name__} for {cls.config_class.model_type}"
+        )
+    config.base_model = base
+    config.retention_gate = meta.get("gate", "rg")
+    if "intermediate_size" in meta:
+        config.retention_gate_intermediate_size = meta["intermediate_size"]
+    return config
+
+
+def _check_kind(config, folder: Path) -> None:
+    kind = getattr(config, "retention_gate", None) or KINDS[0]
+    if kind not in KINDS:
+        raise ValueError(
+            f"{folder}: gates of kind {kind} are not supported (those of DBTrimKV checkpoints are rg10); known kinds: "
+            f"{', '.join(KINDS)}, which TrimKV checkpoints have"
+        )
 
 
 def _read_gates(folder: Path) -> GateSet:

@@ -1,5 +1,6 @@
 from transformers import Qwen3ForCausalLM
 
+from .absent import companions
 from .published import DEFAULTS, PublishedModel
 
 
@@ -16,3 +17,4 @@ class TrimKVQwen3ForCausalLM(PublishedModel, Qwen3ForCausalLM):
 
 
 __all__ = ["TrimKVQwen3ForCausalLM"]
+__getattr__ = companions(__name__, "Qwen3")

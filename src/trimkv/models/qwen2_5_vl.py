@@ -1,0 +1,3 @@
+from .absent import VISION
+
+raise ImportError(VISION.format(module=__name__))
