@@ -14,6 +14,11 @@ _HOME = {
     "save_gates": "trimkv.gates.files",
     "bounded_cache": "trimkv.cache.build",
     "prefill": "trimkv.cache.prefill",
+    # what the released package of this name exports
+    "TrimKVCache": "trimkv.cache_utils",
+    "PagedTrimKVCache": "trimkv.cache_utils",
+    "TrimKVQwen3ForCausalLM": "trimkv.models.qwen3",
+    "TrimKVPhi3ForCausalLM": "trimkv.models.phi3",
     "Policy": "trimkv.cache.policies",
     "Engine": "trimkv.engine.engine",
     "SamplingParams": "trimkv.engine.request",

