@@ -8,6 +8,7 @@ import threading
 from dataclasses import dataclass, field
 
 import torch
+from transformers import GenerationMixin
 
 from ..attention.register import NAME, register
 from ..hf.calls import cache_in
@@ -129,9 +130,7 @@ class _KeepCache:
         self.model = model
 
     def __call__(self, *args, **kwargs):
-        cache = cache_in(args, kwargs)
         inputs = type(self.model).prepare_inputs_for_generation(self.model, *args, **kwargs)
-        if isinstance(cache, BoundedCache):
-            name = "cache" if "cache" in kwargs else "past_key_values"
-            inputs[name] = cache
+        if isinstance(cache_in(args, kwargs), BoundedCache) and cache_in((), inputs) is None:
+            return GenerationMixin.prepare_inputs_for_generation(self.model, *args, **kwargs)
         return inputs

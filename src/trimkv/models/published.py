@@ -15,6 +15,7 @@ from ..cache_utils import TrimKVCache, check_strategy
 from ..gates.attach import attach, new_gates
 from ..gates.files import META, PUBLISHED_META, PUBLISHED_WEIGHTS, WEIGHTS, GateSet, load_gates, save_gates
 from ..gates.gate import KINDS
+from ..hf.calls import cache_argument
 from .locate import HUB_OPTIONS, base_of, gate_folder, reason
 
 logger = logging.getLogger(__name__)
@@ -122,7 +123,7 @@ class PublishedModel:
         written.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        """generate without ``past_key_values`` makes a TrimKVCache, unless another cache, or none, was asked for.
+        """generate without a cache makes a TrimKVCache, unless another cache, or none, was asked for.
 
         A model with LongRoPE gets one even where compress_memory is off, to keep every token: stock Phi-3 drops its
         cache when a sequence grows past the original context.
@@ -131,8 +132,9 @@ class PublishedModel:
         rope = getattr(self.config, "rope_parameters", None) or {}
         ours = getattr(self.config, "compress_memory", False) or rope.get("rope_type") == "longrope"
         if ours and not other and generation_config.use_cache is not False:
-            if model_kwargs.get("past_key_values") is None:
-                model_kwargs["past_key_values"] = TrimKVCache()
+            name = cache_argument(self)
+            if model_kwargs.get(name) is None:
+                model_kwargs[name] = TrimKVCache()
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
 
