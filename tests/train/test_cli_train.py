@@ -40,7 +40,8 @@ def test_two_stages_give_gates_that_generate_with(capsys, folder, tmp_path):
     code, out, err = trim(capsys, "train", *common, "--output", tmp_path / "one", "--save-steps", 2, "--resume")
     assert code == 0, err
     assert json.loads(out.splitlines()[-1])["final_kl"] == pytest.approx(found["final_kl"])
-    second = ("--stage", "eviction", "--gates", tmp_path / "one", "--output", tmp_path / "two")
+    second = ("--stage", "eviction", "--eviction-budgets", "8,32", "--gates", tmp_path / "one")
+    second += ("--output", tmp_path / "two")
     code, out, err = trim(capsys, "train", *common, *second)
     assert code == 0, err
     options = ("--gates", tmp_path / "two", "--policy", "trimkv", "--budget", 16, "--max-new-tokens", 4, "--json")
@@ -54,6 +55,7 @@ def test_what_can_be_mended_is_one_line_and_writes_nothing(capsys, folder, tmp_p
     text, out_folder = tmp_path / "a.txt", tmp_path / "out"
     text.write_text("short")
     (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "table.csv").write_text("a,b")
     (tmp_path / "blank.jsonl").write_text("\n\n")
     common = ("train", "--model", folder, "--output", out_folder)
     for arguments, message in (
@@ -72,6 +74,11 @@ def test_what_can_be_mended_is_one_line_and_writes_nothing(capsys, folder, tmp_p
         (("--data", text, "--context", 64, "--budget", 1000), "budget of 1000 is never exceeded"),
         (("--data", text, "--resume"), "no checkpoint to resume"),
         (("--data", text, "--report-to", "paper"), "known are tensorboard, wandb"),
+        (("--data", text, "--budget", "nan"), "--budget"),
+        (("--data", tmp_path / "table.csv"), "table.csv: unknown kind of file; expected .txt, .jsonl"),
+        (("--data", "./table.csv"), "table.csv: unknown kind of file"),
+        (("--data", text, "--resume", "--overwrite"), "choose one"),
+        (("--data", text, "--eviction-budgets", "8,16"), "--eviction-budgets means nothing to --stage decay"),
     ):
         code, _, err = trim(capsys, *common, *arguments)
         assert code == 2 and message in err and len(err.strip().splitlines()) == 1, (arguments, err)
@@ -163,12 +170,13 @@ def test_heads_of_another_method(capsys, folder, text, tmp_path):
 def test_the_live_line_shows_what_is_learnt(method, monkeypatch):
     from types import SimpleNamespace
 
-    from trimkv.cli import train
+    from trimkv.cli import training_progress
 
     said = []
     monkeypatch.setattr("rich.progress.Progress.update", lambda self, task, **what: said.append(what["description"]))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     names = {"trimkv": ["kl", "capacity", "occupancy"], "locret": ["regression"], "seer_attention_r": ["kl"]}[method]
-    with train._bar(4) as (bar,):
+    with training_progress.watching(4, 64) as (bar,):
         bar.on_log(None, SimpleNamespace(global_step=1), None, {"loss": 1.0, **dict.fromkeys(names, 0.5)})
         bar.on_log(None, SimpleNamespace(global_step=1), None, {"train_runtime": 1.0})
     assert len(said) == 1 and names[0] in said[0] and "0.5" in said[0]
@@ -223,10 +231,10 @@ def test_resuming_with_another_model_or_other_gates(capsys, folder, text, tmp_pa
     other = save_model(tmp_path / "wide", hidden_size=32)
     twin = shutil.copytree(folder, tmp_path / "twin")
     for model, more, message in (
-        (other, (), "tiny, not of"),
-        (twin, (), "tiny, not of"),
-        (folder, ("--intermediate-size", 16), "gates rg of size 8"),
-        (folder, ("--kind", "rg3"), "gates rg of size 8"),
+        (other, (), "model is tiny there, wide here; weights is "),
+        (twin, (), "model is tiny there, twin here."),
+        (folder, ("--intermediate-size", 16), "intermediate_size is 8 there, 16 here"),
+        (folder, ("--kind", "rg3"), "kind is rg there, rg3 here"),
     ):
         code, _, err = trim(capsys, *settings(model, text, out, "--resume", "--save-steps", 2), *more)
         assert code == 2 and message in err and len(err.strip().splitlines()) == 1, err
@@ -266,8 +274,8 @@ def test_a_full_disk_loses_no_earlier_checkpoint(broken, capsys, folder, text, t
         else:
             patch.setattr(TrainerState, "save_to_json", full(TrainerState.save_to_json, 1))
         code, _, err = trim(capsys, *settings(folder, text, out, "--save-steps", 2))
-    assert code == 2 and "No space left" in err and len(err.strip().splitlines()) == 1, err
-    assert {path.name for path in out.iterdir()} == {"checkpoint-2"}
+    assert code == 2 and "No space left" in err.splitlines()[-1] and "Traceback" not in err, err
+    assert {path.name for path in out.iterdir()} == {"checkpoint-2", "training.json"}
     code, printed, err = trim(capsys, *settings(folder, text, out, "--save-steps", 2, "--resume"))
     assert code == 0, err
     final = [json.loads(text.splitlines()[-1])["final_kl"] for text in (printed, expect)]
@@ -279,16 +287,17 @@ def test_a_full_disk_at_the_end_leaves_the_gates_that_were_there(capsys, folder,
 
     out = tmp_path / "out"
     assert trim(capsys, *settings(folder, text, out))[0] == 0
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    before = {name: (out / name).read_bytes() for name in ("gates.json", "gates.safetensors")}
 
     def full(tensors, path, **options):
         Path(path).write_bytes(b"half of it")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(safetensors.torch, "save_file", full)
-    code, _, err = trim(capsys, *settings(folder, text, out, "--learning-rate", 0.1))
-    assert code == 2 and "No space left" in err and len(err.strip().splitlines()) == 1, err
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    code, _, err = trim(capsys, *settings(folder, text, out, "--learning-rate", 0.1, "--overwrite"))
+    assert code == 2 and "No space left" in err.splitlines()[-1], err
+    assert {name: (out / name).read_bytes() for name in before} == before
+    assert not [path.name for path in out.iterdir() if path.name.endswith(".part")]
 
 
 def test_a_checkpoint_that_a_crash_cut_off_is_passed_over(capsys, folder, text, tmp_path):

@@ -136,7 +136,8 @@ def clean(device: torch.device) -> None:
 
 def row(system: str, where: dict, measured: Callable[[], dict], device: torch.device) -> dict:
     """A row of a result. A system that is wrong, or that the memory is too small for, gets its error in place of
-    numbers, and the others go on."""
+    numbers, and the others go on. ``mendable`` says whether other options would help."""
+    mendable = False
     nothing = {"ms": None, "tokens_per_second": None, "peak_bytes": None, "floor_ms": None, "fraction_of_floor": None}
     try:
         with Peak(device) as peak:
@@ -149,7 +150,9 @@ def row(system: str, where: dict, measured: Callable[[], dict], device: torch.de
     except (RuntimeError, ValueError, NotImplementedError, AssertionError, TypeError, AttributeError) as error:
         # What torch.compile or a kernel may throw; the traceback is of no use in a table.
         memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-        text = "out of memory" if memory else f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        mendable = memory or type(error) is ValueError
+        said = " ".join(str(error).split())[:300]
+        text = "out of memory" if memory else said if mendable else f"{type(error).__name__}: {said}"
     finally:
         clean(device)
-    return {"system": system, **where, **nothing, "error": text}
+    return {"system": system, **where, **nothing, "error": text, "mendable": mendable}

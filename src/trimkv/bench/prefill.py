@@ -48,7 +48,7 @@ def measure(model, options: Options, matmul: float) -> Iterator[dict]:
 
                 def one(system=system, ids=ids) -> dict:
                     if wrong[system]:
-                        raise Wrong(wrong[system])
+                        raise wrong[system]
                     _read(model, system, ids[:, : 2 * options.chunk + 1], options.budget, options.chunk)  # compiles
                     ms = milliseconds(
                         lambda: _read(model, system, ids, options.budget, options.chunk),
@@ -79,13 +79,15 @@ def _operations(model, system: str, shape, o: Options) -> float:
     return rows * tokens * (2 * linear + attention)
 
 
-def _error(model, system: str) -> str:
-    """ "" if the last logits of a short prompt, with room for all of it, are those of the stock model."""
+def _error(model, system: str) -> Exception | None:
+    """None if the last logits of a short prompt, with room for all of it, are those of the stock model."""
     try:
         ids = torch.randint(3, model.config.vocab_size, (2, GATE_PROMPT), device=model.device)
         error = reference.relative_error(
             _read(model, system, ids, GATE_PROMPT, 64), _read(model, "stock-dynamic", ids, 0, 0)
         )
-    except Exception as error:  # said in this system's rows
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    return "" if error < TOLERANCE[model.dtype] else f"logits differ by {error:.2g} (relative)"
+    except (ValueError, torch.OutOfMemoryError) as error:  # said in this system's rows, and the others go on
+        return type(error)(str(error))  # without a traceback, which would hold what this system allocated
+    except Exception as error:
+        return Wrong(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+    return None if error < TOLERANCE[model.dtype] else Wrong(f"logits differ by {error:.2g} (relative)")

@@ -1,24 +1,21 @@
 """``trimkv compare``: what a policy costs in quality, on your text."""
 
-import importlib.util
 import json
-import os
 import shlex
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
 import click
 
-from . import loading, reading, show
+from .. import __version__, fingerprint
+from . import loading, outputs, reading, show
 from .errors import UserError, mendable, one_line
-from .options import model_options, numbers, output_options, sharing_options
-from .partial import Partial, digest, trained_parts
+from .options import model_options, numbers, output_options, overwrite_option, sharing_options
+from .partial import Partial, unfinished
 
 ALL = "all"
-FIGURES = (".png", ".svg", ".pdf")
 SIDE_BY_SIDE = 16  # cells fed token by token at a time on a GPU, which one alone leaves idle; a kill loses so many
 
 
@@ -41,10 +38,11 @@ SIDE_BY_SIDE = 16  # cells fed token by token at a time on a GPU, which one alon
     "--output",
     metavar="FILE.json",
     help="Write the JSON to a file, with command, machine and versions. Until all is measured it grows in "
-    "FILE.json.part, from which the same command goes on after a kill.",
+    "FILE.json.part, from which the same command goes on after a kill. A finished file is shown, not measured again.",
 )
 @click.option("--figure", metavar="FILE", help="Draw KL against budget into a .png, .svg or .pdf file.")
 @click.option("--from", "source", metavar="FILE.json", help="Show or draw a saved result; nothing is measured.")
+@overwrite_option
 @sharing_options
 @model_options
 @output_options
@@ -56,14 +54,14 @@ def compare(**options):
     is the same.
     """
     o = SimpleNamespace(**options)
-    _check_figure(o.figure)
+    outputs.check_figure(o.figure, o.overwrite)
     if o.source:
         _show(_saved(o), o)
         return
     policies, budgets = _names(o.policies), _budgets(o)
     paths = [*o.texts, *o.more_texts]
     reading.check(paths)
-    _check_output(o.output)
+    outputs.check_file("--output", o.output)
     loading.check_model_name(o.model)
     loading.import_torch()
     left_out, every = [], policies == (ALL,)
@@ -73,17 +71,26 @@ def compare(**options):
     for budget in budgets:
         loading.check_budget(budget, choice.policies)
     device = loading.pick_device(o.device)
+    dtype = loading.pick_dtype(o.dtype, device)
+    asked = _asked(() if every else choice.policies, budgets, device, dtype, o)
+    _check_held(asked, o)  # another question is refused before anything is loaded
     tokenizer = loading.load_tokenizer(o.model)
     ids = reading.windows(paths, tokenizer, o.context, o.max_sequences)
-    dtype = loading.pick_dtype(o.dtype, device)
     model = loading.load_model(o.model, device, dtype, choice.gates, choice.heads)
     if choice.remark:
         loading.note(choice.remark)
     chosen, refused = _fitting(model, choice.policies, budgets[0], every, o.seed)
+    made_of = _made_of(asked, model, ids, paths, chosen)
+    result = outputs.finished("--output", o.output, made_of, o.overwrite)
+    if result is not None:
+        loading.note(f"{o.output} holds this comparison, finished: nothing is measured (--overwrite measures anew)")
     _note_left_out(left_out, refused)
-    partial = Partial(o.output, _settings(model, ids, chosen, budgets, device, dtype, o))
-    result = {**_measure(model, ids, chosen, budgets, partial, o), "left_out": left_out + refused}
-    partial.finish({**_made_by(device, dtype), **result})
+    outputs.check_drawn(o.figure, {"made_of": made_of}, o.overwrite)
+    if result is None:
+        partial = Partial(o.output, made_of, o.overwrite)
+        result = {**_measure(model, ids, chosen, budgets, partial, o), "left_out": left_out + refused}
+        result["made_of"] = made_of
+        partial.finish({**_made_by(device, dtype), **result})
     _show(result, o)
 
 
@@ -96,7 +103,7 @@ def _show(result: dict, o: SimpleNamespace) -> None:
         from ..viz.compare import draw
 
         with mendable((ValueError, OSError), doing=f"--figure {o.figure}"):
-            draw(result, o.figure)
+            draw(result, o.figure, outputs.mark(result))
 
 
 def _fitting(model, names: tuple[str, ...], budget, every: bool, seed: int) -> tuple[list, list[dict]]:
@@ -127,25 +134,46 @@ def _note_left_out(untrained: list[dict], refused: list[dict]) -> None:
         loading.note(f"left out: {', '.join(reasons)}{mend}")
 
 
-def _settings(model, ids, policies, budgets, device: str, dtype: str, o: SimpleNamespace) -> dict:
-    """All that changes the numbers."""
-    import torch
-    import transformers
+def _check_held(asked: dict, o: SimpleNamespace) -> None:
+    """Refuses what --output, or the unfinished comparison beside it, holds of another question."""
+    if o.output and not o.overwrite:
+        outputs.finished("--output", o.output, asked, o.overwrite)
+        unfinished(o.output, asked)
 
-    from .. import __version__
 
+def _asked(policies: tuple[str, ...], budgets, device: str, dtype: str, o: SimpleNamespace) -> dict:
+    """Of what changes the numbers, all that is known before anything is loaded.
+
+    Args:
+        policies: none where the model must be seen to know which.
+    """
+    from ..train.made_of import versions
+
+    known = {"policies": list(policies)} if policies else {}
     return {
+        "command": "compare",
         "model": o.model,
-        "text": digest(ids),
-        "context": ids.shape[1],
-        "policies": [policy.name for policy in policies],
-        "budgets": [asdict(budget) for budget in budgets],
-        "trained": trained_parts(model),
-        "seed": o.seed,
-        "stepwise": o.stepwise,
+        "context": o.context,
+        **known,
+        "budgets": [budget.tokens for budget in budgets],
+        **{name: getattr(o, name) for name in ("scope", "split", "floor", "seed", "stepwise")},
         "device": device,
         "dtype": dtype,
-        "versions": [torch.__version__, transformers.__version__, __version__],
+        "versions": {**versions(), "trimkv": __version__},
+    }
+
+
+def _made_of(asked: dict, model, ids, paths: list[str], policies) -> dict:
+    """All that changes the numbers."""
+    from ..train.made_of import of_trained_parts, of_weights
+
+    names = ", ".join(dict.fromkeys(Path(path).name for path in paths))
+    return {
+        **asked,
+        "policies": [policy.name for policy in policies],
+        "text": {"name": names, "digest": fingerprint.of_tensors([ids]), "sequences": len(ids)},
+        "weights": of_weights(model),
+        "trained": of_trained_parts(model),
     }
 
 
@@ -218,27 +246,6 @@ def _budgets(o: SimpleNamespace) -> list:
         return [Budget(number, scope=o.scope, floor=o.floor, split=o.split) for number in numbers(o, "budgets")]
 
 
-def _check_output(output: str | None) -> None:
-    if output is None:
-        return
-    path = Path(output)
-    folder = path.parent
-    if path.is_dir() or not folder.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
-        raise UserError(f"--output {output}: cannot be written there")
-
-
-def _check_figure(figure: str | None) -> None:
-    if figure is None:
-        return
-    path = Path(figure)
-    if path.suffix.lower() not in FIGURES:
-        raise UserError(f"--figure {figure}: expected a name that ends in {', '.join(FIGURES)}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("--figure needs matplotlib: pip install 'trimkv[viz]'")
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise UserError(f"--figure {figure}: cannot be written there")
-
-
 def _saved(o: SimpleNamespace) -> dict:
     """A result that was written by --output."""
     if o.texts or o.more_texts or o.output:
@@ -254,6 +261,7 @@ def _saved(o: SimpleNamespace) -> dict:
         raise UserError(f"--from {o.source}: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"--from {o.source}: not a result of trimkv compare --output ({one_line(error)})") from error
+    outputs.check_drawn(o.figure, result, o.overwrite)
     return result
 
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import click
 
-from . import loading, show, user_text
+from . import loading, show, slow_prompt, user_text
 from .errors import UserError, mendable
 from .options import budget_options, model_options, output_options, sampling_options
 from .run import LengthWarning, Run
@@ -48,6 +48,7 @@ def generate(**options):
     ids = _encode(run.tokenizer, prompt, o)
     model, cache = run.start()
     LengthWarning(model, o.model).check(len(ids) + o.max_new_tokens)
+    slow_prompt.warn(model, cache, run.decides, run.chunk, len(ids))
     out = _answer(run, model, cache, ids)
     if not o.as_json:
         if out.finish_reason == "length":

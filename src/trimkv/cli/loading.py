@@ -83,10 +83,9 @@ def choose(wanted: tuple[str, ...], model_name: str, gates: str, several: bool =
         wanted = (LEARNED, UNTRAINED) if several else (LEARNED,)
     gated = [name for name in wanted if "log_beta" in POLICIES[name].needs]
     if gated and missing:
-        free = ", ".join(name for name, policy in POLICIES.items() if "log_beta" not in policy.needs)
         raise UserError(
-            f"policy {gated[0]} needs trained gates, and {missing}: "
-            f"name some with --gates, or choose a policy without ({free})"
+            f"policy {gated[0]} needs trained gates, and {missing}: name some with --gates, or choose a policy that "
+            f"needs no training ({_untrained()})"
         )
     if gates in ("bundled", "none"):
         return Choice(wanted, gates if gated else None, remark, heads)
@@ -146,9 +145,20 @@ def _choose_heads(wanted: tuple[str, ...], model_name: str, gates: str) -> tuple
     for kind in (name for name in wanted if POLICIES[name].head):
         if kind not in given:
             if gates == "none" or not _known(model_name, bundled_heads(kind)):
-                raise UserError(f"policy {kind} needs trained heads, none ship for {model_name}: --gates FOLDER")
+                missing = "--gates none was given" if gates == "none" else f"none ship for {model_name}"
+                raise UserError(
+                    f"policy {kind} needs trained heads, and {missing}: name some with --gates FOLDER, or choose a "
+                    f"policy that needs no training ({_untrained()})"
+                )
             given[kind] = kind
     return rest, tuple(given[name] for name in wanted if name in given)
+
+
+def _untrained() -> str:
+    """The policies that work with any model as it is."""
+    from ..cache.policies import POLICIES
+
+    return ", ".join(name for name, policy in POLICIES.items() if not policy.trained)
 
 
 def _without_gates(model_name: str, gates: str) -> str | None:
@@ -170,15 +180,6 @@ def check_budget(budget, policies: tuple[str, ...]) -> None:
                 f"a budget of {budget.tokens} is too small: {policy.name} never evicts {sinks} sinks{recent}; "
                 f"use at least {sinks + budget.recent + 1}"
             )
-
-
-def check_folder(folder: Path) -> None:
-    """Refuses an --output folder for gates that cannot be one."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output {folder}: a file, but gates need a folder")
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise UserError(f"--output {folder}: cannot be written there")
 
 
 def pick_device(name: str) -> str:
@@ -231,6 +232,7 @@ def load_model(name: str, device: str, dtype: str, gates=None, heads=()):
         if missing:  # transformers would go on with random numbers in their places
             raise UserError(f"{name}: the checkpoint lacks {len(missing)} weights, {missing[0]} among them")
         model = model.to(device).eval()
+        _call(model, name)
         if gates is not None:
             from .. import attach
 
@@ -242,6 +244,14 @@ def load_model(name: str, device: str, dtype: str, gates=None, heads=()):
             with mendable():
                 attach_heads(model, one)
     return model
+
+
+def _call(model, name: str) -> None:
+    """Lets messages call the default model by its alias, and not by the cache folder that it was read from."""
+    from ..embedded import ALIAS
+
+    if name == ALIAS:
+        model.config._name_or_path = ALIAS
 
 
 def _check_hub(name: str) -> None:

@@ -11,7 +11,7 @@ from .errors import UserError
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def _finite(context, parameter, value):
+def finite(context, parameter, value):
     """``nan`` passes every range check of click."""
     if value is not None and not math.isfinite(value):
         raise click.BadParameter(f"{value} is not a number to work with")
@@ -35,7 +35,9 @@ def numbers(o: SimpleNamespace, name: str) -> tuple[int, ...]:
     return found
 
 
-def _all_of(*options: Callable) -> Callable:
+def all_of(*options: Callable) -> Callable:
+    """Several options as one decorator."""
+
     def decorate(function):
         for option in reversed(options):
             function = option(function)
@@ -53,12 +55,16 @@ debug_option = click.option(
     help="Show the traceback of an error.",
 )
 
-output_options = _all_of(
+output_options = all_of(
     click.option("--json", "as_json", is_flag=True, help="End with one JSON object on stdout; notes go to stderr."),
     debug_option,
 )
 
-model_options = _all_of(
+overwrite_option = click.option(
+    "--overwrite", is_flag=True, help="Replace what --output (or --figure) names, whatever it holds."
+)
+
+model_options = all_of(
     click.option(
         "--model", default="smollm2", show_default=True, help="Alias (smollm2), folder or Hugging Face id of a model."
     ),
@@ -79,33 +85,36 @@ model_options = _all_of(
     click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True),
 )
 
-sharing_options = _all_of(
+sharing_options = all_of(
     click.option(
         "--scope",
         type=click.Choice(["head", "layer", "global"]),
         default="head",
         show_default=True,
-        help="Whose the budget is: each head's own, or shared out by score among the heads of a layer or of all.",
+        help="Who shares the slots: each head has its own, or the heads of a layer (or of all layers) share them, and "
+        "the tokens with the best scores stay whatever their head.",
     ),
     click.option(
         "--split",
         type=click.Choice(["trained", "even", "gates"]),
         default="trained",
         show_default=True,
-        help="Among layers: trained gives trimkv's what its gates were trained with, the mean being the budget; "
-        "gates gives every policy's the same.",
+        help="How the budget is split among layers: even gives every layer the same number of slots. trained gives "
+        "policy trimkv the split that its gates come with: some layers more than the budget, others less, and the "
+        "budget on average. gates gives this split to every policy.",
     ),
     click.option(
         "--floor",
         type=click.FloatRange(0, 1),
-        callback=_finite,
+        callback=finite,
         default=0.0,
         show_default=True,
-        help="Where heads share: the part of the budget that each is sure of.",
+        help="With --scope layer or global: the part of the budget, from 0 to 1, that each head keeps for itself; the "
+        "rest is shared.",
     ),
 )
 
-budget_options = _all_of(
+budget_options = all_of(
     click.option(
         "--policy",
         help="Who decides what is kept: see `trimkv policies`.  [default: trimkv where trained "
@@ -143,23 +152,23 @@ def sampling_options(
     max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0, repetition_penalty: float = 1.0
 ) -> Callable:
     """How tokens are drawn; the defaults differ between commands."""
-    return _all_of(
+    return all_of(
         click.option("--max-new-tokens", type=click.IntRange(min=1), default=max_new_tokens, show_default=True),
         click.option(
             "--temperature",
             type=click.FloatRange(0, 100),
-            callback=_finite,
+            callback=finite,
             default=temperature,
             show_default=True,
             help="0 takes the most probable token.",
         ),
         click.option(
-            "--top-p", type=click.FloatRange(0, 1, min_open=True), callback=_finite, default=top_p, show_default=True
+            "--top-p", type=click.FloatRange(0, 1, min_open=True), callback=finite, default=top_p, show_default=True
         ),
         click.option(
             "--repetition-penalty",
             type=click.FloatRange(0, 100, min_open=True),
-            callback=_finite,
+            callback=finite,
             default=repetition_penalty,
             show_default=True,
             help="Above 1 makes tokens that were already seen less likely.",

@@ -9,23 +9,29 @@ from types import SimpleNamespace
 import click
 from click.core import ParameterSource
 
-from . import loading, reading, show
+from ..extras import install, install_extra
+from . import loading, outputs, reading, show
 from .errors import UserError, mendable
-from .options import model_options, output_options
+from .options import finite, model_options, numbers, output_options, overwrite_option
+from .training_progress import SHOWN, watching
 
 LOSSES = ("kl", "ntp", "reverse_kl")
 HEADS = ("locret", "seer_attention_r")  # baselines with trained heads
 FOR_GATES = ("budget", "stage", "losses", "capacity_weight", "bias_learning_rate", "kind", "intermediate_size")
-FOR_GATES += ("average_losses", "response_only", "fast")
+FOR_GATES += ("average_losses", "response_only", "fast", "eviction_budgets")
 FOR_HEADS = {"width": HEADS, "block_size": HEADS[1:]}  # option -> methods that have it
-SHOWN = ("kl", "capacity", "regression", "smoothness", "distillation")  # losses, on the live line and at the end
+WORDS = (
+    "kl: nats by which the predictions differ from the full model's. capacity: tokens retained beyond the budget of "
+    "{budget:g}, over the tokens seen, on average. retained: the sum of what is left of each token, beta^age, over the "
+    "budget: above 1 more is remembered than there is room for, and the least of it is evicted."
+)
 REPORTERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}  # name -> packages, one of them
 
 
 @click.command(short_help="Train retention gates for a model, or a baseline's heads.")
 @click.option("--data", multiple=True, metavar="FILE...", help="A .txt or .jsonl file, also .gz, or a hub dataset id.")
 @click.argument("more_data", nargs=-1, metavar="")
-@click.option("--output", required=True, metavar="DIR", help="Where gates.safetensors and gates.json go.")
+@click.option("--output", required=True, metavar="DIR", help="A folder for gates.safetensors and gates.json.")
 @click.option(
     "--method",
     type=click.Choice(["trimkv", *HEADS]),
@@ -34,7 +40,14 @@ REPORTERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)
     help="What is trained. The heads of the baselines take their published settings where an option is left out, "
     "whatever default is shown here.",
 )
-@click.option("--budget", type=click.FloatRange(min=1), default=32, show_default=True, help="M of the capacity loss.")
+@click.option(
+    "--budget",
+    type=click.FloatRange(min=1),
+    callback=finite,
+    default=32,
+    show_default=True,
+    help="M of the capacity loss: tokens that each head may retain. Less than the budgets that the gates will serve.",
+)
 @click.option("--context", type=click.IntRange(min=2), default=2048, show_default=True, help="Tokens per sample.")
 @click.option("--steps", type=click.IntRange(min=1), default=300, show_default=True)
 @click.option("--batch-size", type=click.IntRange(min=1), default=4, show_default=True)
@@ -46,18 +59,46 @@ REPORTERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)
     show_default=True,
     help="eviction is a second stage for gates from the first: give them with --gates.",
 )
+@click.option(
+    "--eviction-budgets",
+    default="48,640",
+    show_default=True,
+    metavar="LOW,HIGH",
+    help="Of stage eviction: slots per head are drawn between these for each sample. Less than --context.",
+)
 @click.option("--losses", default="kl", show_default=True, help=f"Of {', '.join(LOSSES)}, with commas between.")
 @click.option(
     "--average-losses", is_flag=True, help="Take the mean of several losses instead of their sum, as the authors' code."
 )
-@click.option("--capacity-weight", type=click.FloatRange(min=0), default=4.0, show_default=True)
-@click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), default=3e-3, show_default=True)
-@click.option("--bias-learning-rate", type=click.FloatRange(min=0, min_open=True), default=5e-2, show_default=True)
+@click.option(
+    "--capacity-weight",
+    type=click.FloatRange(min=0),
+    callback=finite,
+    default=4.0,
+    show_default=True,
+    help="Of the capacity loss, which says by how much gates retain more than --budget tokens: more weight, more is "
+    "forgotten.",
+)
+@click.option(
+    "--learning-rate", type=click.FloatRange(min=0, min_open=True), callback=finite, default=3e-3, show_default=True
+)
+@click.option(
+    "--bias-learning-rate",
+    type=click.FloatRange(min=0, min_open=True),
+    callback=finite,
+    default=5e-2,
+    show_default=True,
+)
 @click.option("--kind", type=click.Choice(["rg", "rg2", "rg3"]), default="rg", show_default=True)
 @click.option("--intermediate-size", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option("--width", type=click.IntRange(min=1), help="Of a baseline's heads.  [default: as published]")
 @click.option("--block-size", type=click.IntRange(min=1), help="Of seer_attention_r.  [default: as published]")
-@click.option("--no-borders", is_flag=True, help="Records follow one another in one context instead of being apart.")
+@click.option(
+    "--no-borders",
+    is_flag=True,
+    help="A record may attend to the records before it in its context. By default a border parts them, so that short "
+    "records teach nothing about long contexts.",
+)
 @click.option("--response-only", is_flag=True, help="Of chats, learn the assistant's responses only.")
 @click.option(
     "--save-steps", type=click.IntRange(min=0), default=0, show_default=True, help="Checkpoint every N steps."
@@ -68,7 +109,8 @@ REPORTERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)
     help="For small models on a GPU: compiled layers, the step as a CUDA graph, no checkpointing. A minute's wait, "
     "then up to four times the speed for a few GB.",
 )
-@click.option("--resume", is_flag=True, help="Go on from the last checkpoint in --output.")
+@click.option("--resume", is_flag=True, help="Go on from the last checkpoint in --output, if it is of this training.")
+@overwrite_option
 @click.option("--report-to", metavar="NAME,...", help=f"Where curves go, too: {', '.join(REPORTERS)}.")
 @model_options
 @output_options
@@ -85,7 +127,7 @@ def train(**options):
     o.given = _given(options)
     _check_method(o)
     if importlib.util.find_spec("accelerate") is None:
-        raise UserError("training needs accelerate: pip install 'trimkv[train]'")
+        raise UserError(f"training needs accelerate: {install_extra('train')}")
     with _silence() if processes.number() else contextlib.nullcontext():
         result = _run(o)
         processes.leave()
@@ -101,20 +143,22 @@ def train(**options):
         if o.method == "trimkv":
             said.append(f"retained {result['final_occupancy']:.2f} x the budget")
         click.echo(f"{', '.join(said)} -> {result['output']}")
+        if o.method == "trimkv":
+            click.echo(show.faint(WORDS.format(budget=o.budget)))
 
 
 def _run(o: SimpleNamespace) -> dict:
-    from ..train import processes
+    from ..train import processes, run_folder
 
     data = [*o.data, *o.more_data]
-    files = [name for name in data if Path(name).suffix in (".txt", ".jsonl", ".gz")]
-    if not data:
-        raise UserError("no data: give --data FILE")
-    if files:
-        reading.check(files)
-    loading.check_folder(Path(o.output))
-    if o.resume and not any(Path(o.output).glob("checkpoint-*")):
-        raise UserError(f"--resume: no checkpoint to resume from in {o.output}")
+    _check_data(data)
+    outputs.check_folder(Path(o.output))
+    if o.resume and o.overwrite:
+        raise UserError("--resume goes on with what is there, --overwrite replaces it: choose one")
+    with mendable():
+        if not o.resume:
+            run_folder.check_free(o.output, o.overwrite)
+        checkpoint = run_folder.checkpoint_in(o.output, o.resume)
     reporters = _reporters(o.report_to)
     loading.check_model_name(o.model)
     loading.import_torch()
@@ -128,9 +172,73 @@ def _run(o: SimpleNamespace) -> dict:
     if o.fast and not str(device).startswith("cuda"):
         raise UserError("--fast is for a GPU: leave it out, or name one with --device cuda")
     dtype = loading.pick_dtype(o.dtype, device)
-    tokenizer = loading.load_tokenizer(o.model)
+    sources = _sources(data, o)
+    if checkpoint is not None:
+        _check_checkpoint(checkpoint, config, sources, dtype, o)
+    dataset = _dataset(sources, config, o)
     model = loading.load_model(o.model, device, dtype)
-    return _train(model, tokenizer, config, start, data, o)
+    return _train(model, dataset, config, start, o)
+
+
+def _check_data(data: list[str]) -> None:
+    """Looks at the first record of each file, before anything slow starts."""
+    from ..train.hub import check, is_hub
+
+    if not data:
+        raise UserError("no data: give --data FILE")
+    with mendable():
+        for name in data:
+            check(name) if is_hub(name) else reading.check([name])
+
+
+def _sources(data: list[str], o: SimpleNamespace) -> list:
+    """The data as sources; hub datasets with the revision that they have now."""
+    from ..train.data import Source
+    from ..train.hub import is_hub, pin
+
+    with mendable():
+        names = [pin(name) if is_hub(name) else name for name in data]
+    return [Source(name, borders=not o.no_borders) for name in names]
+
+
+def _check_checkpoint(checkpoint: Path, config, sources: list, dtype: str, o: SimpleNamespace) -> None:
+    """Refuses the checkpoint of another training, as far as it is known before a model is loaded."""
+    from ..train.made_of import settings_of, versions
+    from ..train.run_folder import check_same
+
+    with mendable(), loading.status("reading the data"):
+        known = {"method": o.method, "dtype": dtype, **settings_of(config), "versions": versions()}
+        check_same(checkpoint, {**known, "data": [source.fingerprint() for source in sources]})
+
+
+def _dataset(sources: list, config, o: SimpleNamespace):
+    """The samples. What is wrong with the data is said here, before the weights are read."""
+    from ..train import processes
+    from ..train.data import PackedTexts
+
+    tokenizer = loading.load_tokenizer(o.model)
+    dataset = PackedTexts(
+        sources,
+        tokenizer,
+        config.context,
+        seed=config.seed,
+        response_only=o.response_only,
+        samples=config.steps * config.batch_size * config.accumulation * processes.count(),
+    )
+    with loading.quiet(), mendable(), loading.status("reading the data"):
+        dataset[0]
+        longest = dataset.longest_document
+    if o.method != "trimkv" or config.stage == "decay" and not config.capacity_weight:
+        return dataset
+    least, option = (
+        (config.budget, "--budget") if config.stage == "decay" else (config.budgets[0], "--eviction-budgets")
+    )
+    if longest <= least:
+        raise UserError(
+            f"nothing to learn: the longest document has {longest} tokens, and all fit into {least:g} slots. Give "
+            f"longer texts or a smaller {option}, or put records into one context with --no-borders"
+        )
+    return dataset
 
 
 def _given(options: dict) -> set[str]:
@@ -160,7 +268,7 @@ def _reporters(text: str | None) -> tuple[str, ...]:
         if name not in REPORTERS:
             raise UserError(f"--report-to {name}: known are {', '.join(REPORTERS)}")
         if not any(importlib.util.find_spec(package) for package in REPORTERS[name]):
-            raise UserError(f"--report-to {name} needs a package: pip install {REPORTERS[name][0]}")
+            raise UserError(f"--report-to {name} needs a package: {install(REPORTERS[name][0])}")
     return names
 
 
@@ -197,8 +305,29 @@ def _config(o: SimpleNamespace, reporters: tuple[str, ...]):
         raise UserError(f"--losses {o.losses}: known losses are {', '.join(LOSSES)}")
     names = ("budget", "context", "steps", "batch_size", "accumulation", "stage", "capacity_weight", "learning_rate")
     names += ("bias_learning_rate", "kind", "intermediate_size", "seed", "save_steps", "average_losses")
+    if o.stage == "eviction":
+        budgets = _eviction_budgets(o)
+    elif "eviction_budgets" in o.given:
+        raise UserError("--eviction-budgets means nothing to --stage decay: leave it out")
+    else:
+        budgets = GateConfig.budgets
     how = {"checkpointing": False, "cuda_graph": True, "compile": True} if o.fast else {}
-    return GateConfig(losses=losses, report_to=reporters, **how, **{name: getattr(o, name) for name in names})
+    return GateConfig(
+        losses=losses, report_to=reporters, budgets=budgets, **how, **{name: getattr(o, name) for name in names}
+    )
+
+
+def _eviction_budgets(o: SimpleNamespace) -> tuple[int, int]:
+    """The range from which the eviction stage draws; a budget that evicts nothing would train nothing."""
+    budgets = numbers(o, "eviction_budgets")
+    if len(budgets) != 2 or budgets[0] >= budgets[1]:
+        raise UserError(f"--eviction-budgets {o.eviction_budgets}: two numbers LOW,HIGH, the first one smaller")
+    if budgets[1] >= o.context:
+        raise UserError(
+            f"--eviction-budgets {o.eviction_budgets}: nothing is evicted at {budgets[1]} slots in a context of "
+            f"{o.context} tokens. Name a HIGH below {o.context}, or a longer --context"
+        )
+    return budgets
 
 
 def _head_config(o: SimpleNamespace, reporters: tuple[str, ...]):
@@ -213,50 +342,21 @@ def _head_config(o: SimpleNamespace, reporters: tuple[str, ...]):
     return published(report_to=reporters, **typed)
 
 
-def _train(model, tokenizer, config, start, data: list[str], o: SimpleNamespace) -> dict:
+def _train(model, dataset, config, start, o: SimpleNamespace) -> dict:
     from ..train import processes
-    from ..train.data import PackedTexts, Source
     from ..train.trainer import SaveError
 
     if o.method == "trimkv":
         from ..train.trainer import train as run
     else:
         from ..train.heads import train_heads as run
-    dataset = PackedTexts(
-        [Source(name, borders=not o.no_borders) for name in data],
-        tokenizer,
-        config.context,
-        seed=config.seed,
-        response_only=o.response_only,
-        samples=config.steps * config.batch_size * config.accumulation * processes.count(),
-    )
-    with loading.quiet(), mendable((ValueError, SaveError)):
-        with loading.status("reading the data"):
-            dataset[0]
-        meta = {"data": ", ".join(Path(name).name for name in data), "base_model": o.model}
-        with _bar(config.steps) as callbacks:
-            result = run(model, dataset, config, o.output, start, o.resume, meta, callbacks)
+    tokens = config.batch_size * config.accumulation * config.context * processes.count()
+    with loading.quiet(), mendable((ValueError, SaveError)), watching(config.steps, tokens) as callbacks:
+        meta = {"data": ", ".join(_named(source.path) for source in dataset.sources), "base_model": o.model}
+        result = run(model, dataset, config, o.output, start, o.resume, meta, callbacks, o.overwrite)
     return {"method": o.method, "final_kl": None, "final_capacity": None, **result}
 
 
-@contextlib.contextmanager
-def _bar(steps: int):
-    """A live line on stderr: losses, for gates the retained mass over budget, time left."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    from transformers import TrainerCallback
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("training", total=steps)
-
-        class Bar(TrainerCallback):
-            def on_log(self, args, state, control, logs=None, **kwargs):
-                if logs and "loss" in logs:
-                    said = [f"{name} {logs[name]:.4f}" for name in SHOWN if name in logs] or [
-                        f"loss {logs['loss']:.4f}"
-                    ]
-                    said += [f"retained/budget {logs['occupancy']:.2f}"] if "occupancy" in logs else []
-                    progress.update(task, completed=state.global_step, description="  ".join(said))
-
-        yield [Bar()]
+def _named(data: str) -> str:
+    """A file without its folder; a hub dataset in full."""
+    return Path(data).name if Path(data).exists() else data

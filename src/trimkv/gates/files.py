@@ -76,19 +76,21 @@ class GateSet:
         return self.meta.get("base_model")
 
 
-def save_gates(gates, folder: str | Path, **meta) -> Path:
+def save_gates(gates, folder: str | Path, overwrite: bool = False, **meta) -> Path:
     """Writes a gate set: gates.safetensors and gates.json.
 
     Args:
         gates: a GateSet, or a model with gates attached.
         folder: made if absent.
+        overwrite: replace gates that the folder holds.
         meta: provenance, added to what the gate set knows already.
 
     Raises:
-        ValueError: a model without gates, or one that is sharded.
+        ValueError: a model without gates, or one that is sharded; a folder that holds gates.
     """
     from safetensors.torch import save_file
 
+    refuse_held(folder, (WEIGHTS, META, PUBLISHED_WEIGHTS), overwrite)
     gates = gates if isinstance(gates, GateSet) else collect(gates)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -108,6 +110,13 @@ def save_gates(gates, folder: str | Path, **meta) -> Path:
         for half in halves.values():
             half.unlink(missing_ok=True)
     return folder
+
+
+def refuse_held(folder: str | Path, names: tuple[str, ...], overwrite: bool) -> None:
+    """ValueError if a folder has files of these names and nobody said that they may be replaced."""
+    held = [] if overwrite else [name for name in names if (Path(folder) / name).exists()]
+    if held:
+        raise ValueError(f"{folder} holds {held[0]} already: name another folder, or say overwrite=True to replace it")
 
 
 def collect(model) -> GateSet:

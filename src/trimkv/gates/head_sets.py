@@ -12,7 +12,7 @@ from ..hf.lasting import lasting
 from ..hf.model import compute_device, compute_dtype, decoder_of, full_attention_modules, query_heads, text_config
 from ..ranks import part_of
 from .attach import _name, _same_model, _span, shape_of
-from .files import _read_json, _read_safetensors
+from .files import _read_json, _read_safetensors, refuse_held
 from .heads import BlockGate, RetainingHead
 
 WEIGHTS, META = "heads.safetensors", "heads.json"
@@ -129,16 +129,28 @@ def new_heads(model, kind: str, width: int | None = None, block_size: int = 64, 
     return heads
 
 
-def save_heads(heads, folder: str | Path, kind: str | None = None, dtype: torch.dtype | None = None, **meta) -> Path:
+def save_heads(
+    heads,
+    folder: str | Path,
+    kind: str | None = None,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    **meta,
+) -> Path:
     """Writes heads.safetensors and heads.json.
 
     Args:
         heads: a HeadSet, or a model with heads of ``kind`` attached.
         dtype: of the tensors in the file; None leaves them as they are.
+        overwrite: replace heads that the folder holds.
         meta: provenance, added to what the set knows already.
+
+    Raises:
+        ValueError: a model without such heads; a folder that holds heads.
     """
     from safetensors.torch import save_file
 
+    refuse_held(folder, (WEIGHTS, META), overwrite)
     heads = heads if isinstance(heads, HeadSet) else collect_heads(heads, kind)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

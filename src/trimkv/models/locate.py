@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from .. import embedded
+from ..extras import install
 
 DOWNLOAD_FROM = ("huggingface", "local", "wandb")
 HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
@@ -70,7 +71,7 @@ def _from_wandb(artifact: str) -> Path:
     try:
         import wandb
     except ImportError:
-        raise ValueError("download_from='wandb' needs the package wandb: pip install wandb") from None
+        raise ValueError(f"download_from='wandb' needs the package wandb: {install('wandb')}") from None
     try:
         return Path(wandb.Api().artifact(artifact, type="model").download())
     except Exception as error:

@@ -115,7 +115,7 @@ class PublishedModel:
         """Writes a folder that holds base weights and gates: this class loads it, stock classes load its base model."""
         self._keys_to_ignore_on_save |= {name for name, _ in self.named_parameters() if ".retention_gate." in name}
         super().save_pretrained(save_directory, *args, **kwargs)
-        save_gates(self, save_directory)
+        save_gates(self, save_directory, overwrite=True)  # as save_pretrained does with everything
         written = Path(save_directory) / PUBLISHED_META
         settings = json.loads(written.read_text())
         settings.pop("base_model", None)

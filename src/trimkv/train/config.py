@@ -1,8 +1,6 @@
 """All numbers of a training in one place."""
 
-import json
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 
 STAGES = ("decay", "eviction")
 LOSSES = ("kl", "ntp", "reverse_kl")
@@ -116,6 +114,3 @@ class GateConfig:
             "intermediate_size": 512,
         }
         return cls(**{**settings, **changes})
-
-    def save(self, folder: Path) -> None:
-        (folder / "training.json").write_text(json.dumps(asdict(self), indent=2) + "\n")

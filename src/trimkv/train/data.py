@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from .. import fingerprint
 from ..texts import Text, read_texts
 from .corpus import Corpus, tokenise
 from .hub import Convert, hub_texts, is_hub
@@ -49,8 +50,37 @@ class Source:
         paths = [self.path] if isinstance(self.path, str | Path) else self.path
         return ", ".join(map(str, paths))
 
+    @property
+    def from_hub(self) -> bool:
+        return isinstance(self.path, str) and is_hub(self.path)
+
+    def fingerprint(self) -> dict:
+        """Name, size and SHA-256 of the files, or the name of the hub dataset; and what is taken from it.
+
+        Raises:
+            ValueError: a file that cannot be read.
+        """
+        options = {
+            "weight": self.weight,
+            "max_tokens": self.max_tokens,
+            "borders": None if self.borders else False,
+            "convert": self.convert and self.convert.__qualname__,
+        }
+        options = {name: value for name, value in options.items() if value is not None}
+        try:
+            if self.from_hub and self.folder is not None:
+                return {**fingerprint.of_folder(self.folder), "name": self.path, **options}
+            if self.from_hub:
+                return {"name": self.path, **options}
+            if isinstance(self.path, str | Path):
+                return {**fingerprint.of_file(self.path), **options}
+            files = [fingerprint.of_file(path) for path in self.path]
+        except OSError as error:
+            raise ValueError(f"{error.filename}: cannot be read ({error.strerror or error})") from None
+        return {"name": self.name, "digest": fingerprint.of_json(files), "files": files, **options}
+
     def texts(self) -> Iterator[Text]:
-        if isinstance(self.path, str) and is_hub(self.path):
+        if self.from_hub:
             return hub_texts(self.path, self.convert, self.folder)
         return read_texts([self.path] if isinstance(self.path, str | Path) else self.path)
 
@@ -131,6 +161,23 @@ class PackedTexts(Dataset):
         """Tokens in each source, after ``max_tokens``."""
         return [len(corpus.ids) for corpus in self._corpora]
 
+    @property
+    def longest_document(self) -> int:
+        """Tokens of the longest document in any sample: what eviction can be learnt from."""
+        lengths = (end - begin for packed in self._packed for pieces in packed for begin, end in pieces)
+        return max(lengths) + len(self.mark)
+
+    def fingerprint(self) -> dict:
+        """What decides the samples: the data, and a digest of the tokens that the tokenizer made of them."""
+        arrays = (array for corpus in self._corpora for array in (corpus.ids, corpus.learn, corpus.borders))
+        return {
+            "data": [source.fingerprint() for source in self.sources],
+            "tokens": fingerprint.of_tensors(map(torch.from_numpy, arrays)),
+            "order": self.seed,
+            "pack": self.pack,
+            "response_only": self.response_only,
+        }
+
     def _sample(self, corpus: Corpus, pieces: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
         ids = np.full(self.context, self.pad, np.int64)
         labels, start = np.full(self.context, IGNORED, np.int64), np.arange(self.context)
@@ -152,7 +199,7 @@ class PackedTexts(Dataset):
                 source.texts(),
                 self.tokenizer,
                 max_tokens=source.max_tokens,
-                streamed=isinstance(source.path, str) and is_hub(source.path),
+                streamed=source.from_hub,
                 borders=source.borders,
                 response_only=self.response_only,
                 seed=self.seed,

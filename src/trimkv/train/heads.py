@@ -4,9 +4,8 @@ The losses are local to a layer: one forward pass of the frozen model, without g
 learn, and nothing is sent back through the model.
 """
 
-import json
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,8 +17,10 @@ from ..attention.decay import decayed_attention
 from ..attention.register import trimkv_attention
 from ..gates.head_sets import PLACES, HeadSet, attach_heads, load_heads, new_heads, save_heads
 from ..hf.model import compute_dtype, decoder_of, full_attention_modules, why_unserved
+from . import run_folder
 from .head_losses import Documents, LocretTask, SeerTask
-from .trainer import GateTrainer, check_model, checkpoint_in, fit
+from .made_of import made_of
+from .trainer import GateTrainer, fit, place
 
 NAME, HYBRID_NAME = "trimkv_heads", "trimkv_heads_hybrid"
 SCHEDULES = ("linear", "cosine")
@@ -113,9 +114,6 @@ class HeadConfig:
             "schedule": "cosine",
         }
         return cls(**{**settings, **changes})
-
-    def save(self, folder: Path) -> None:
-        (folder / "training.json").write_text(json.dumps(asdict(self), indent=2) + "\n")
 
 
 class HeadStudent(nn.Module):
@@ -281,11 +279,9 @@ class HeadTrainer(GateTrainer):
     def _save_final(self, output):
         self._write(output, torch.float16)
 
-    def _save(self, output_dir=None, state_dict=None):
-        self._write(output_dir or self.args.output_dir)
-
     def _write(self, folder, dtype=None) -> None:
-        save_heads(self.model.model, folder, self.settings.method, dtype, **self.meta, **self.provenance())
+        meta = {**self.meta, **self.provenance()}
+        save_heads(self.model.model, folder, self.settings.method, dtype, overwrite=True, **meta)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         heads = load_heads(resume_from_checkpoint)
@@ -302,6 +298,7 @@ def train_heads(
     resume: bool = False,
     meta: dict | None = None,
     callbacks=(),
+    overwrite: bool = False,
 ) -> dict:
     """Trains the heads of a baseline for a model and writes them to a folder.
 
@@ -313,21 +310,25 @@ def train_heads(
         heads: to start from; None starts with new ones.
         resume: go on from the last checkpoint in ``output``.
         meta: provenance for heads.json, such as the data's names.
+        overwrite: replace a training, or heads, that ``output`` holds.
 
     Returns:
         method, steps, tokens, seconds, tokens_per_second, the final losses (means of the last ten steps), output,
         history (one entry per step of this run).
 
     Raises:
-        ValueError: nothing to resume from, or another training's checkpoint; heads that do not fit.
+        ValueError: nothing to resume from, or another training's checkpoint; heads that do not fit; a folder that holds
+            heads or a training already.
         SaveError: a checkpoint or the result could not be written.
     """
-    checkpoint = checkpoint_in(output, resume)
+    checkpoint = place(output, resume, overwrite)
     reason = why_unserved(model)
     if reason is not None:
         raise ValueError(f"heads can't be trained for {type(model).__name__}: it {reason}")
+    made = made_of(model, dataset, config, config.method, (meta or {}).get("base_model"), heads)
     if checkpoint is not None:
-        heads = _resumed(checkpoint, config, (meta or {}).get("base_model"))
+        run_folder.check_same(checkpoint, made)
+        heads = load_heads(checkpoint)
     if heads is None:
         heads = new_heads(model, config.method, config.width, config.block_size, config.seed)
     if heads.kind != config.method:
@@ -335,18 +336,5 @@ def train_heads(
     attach_heads(model, heads)
     student = HeadStudent(model, config)
     names = ("regression", "smoothness") if config.method == "locret" else ("kl", "distillation")
-    arguments = student, config, output, dataset, meta or {}, callbacks
+    arguments = student, config, output, dataset, meta or {}, made, callbacks
     return {"method": config.method, **fit(HeadTrainer, arguments, checkpoint, names)}
-
-
-def _resumed(checkpoint: Path, config: HeadConfig, base_model: str | None) -> HeadSet:
-    """The heads of a checkpoint, if it is one of this training."""
-    heads = load_heads(checkpoint)
-    check_model(checkpoint, heads.meta.get("base_model"), base_model)
-    wanted = {"kind": config.method, "width": config.width}
-    if config.method == "seer_attention_r":
-        wanted["block_size"] = config.block_size
-    then = {name: heads.meta.get(name) for name in wanted}
-    if then != wanted:
-        raise ValueError(f"{checkpoint} has heads {then}, not {wanted}: resume with these, or start anew")
-    return heads

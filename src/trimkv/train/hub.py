@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from ..extras import install_extra
 from ..texts import SUFFIXES, Text, record_content
 
 Convert = Callable[[dict], dict | None]
@@ -16,7 +17,8 @@ def is_hub(path: str) -> bool:
     """Whether this names a hub dataset: it says so, or looks like org/name and no such file exists."""
     if path.startswith("hub:"):
         return True
-    return bool(PATTERN.fullmatch(path)) and not path.endswith(SUFFIXES) and not Path(path).exists()
+    a_file = path.startswith((".", "~")) or path.lower().endswith(SUFFIXES) or Path(path).exists()
+    return bool(PATTERN.fullmatch(path)) and not a_file
 
 
 def hub_texts(path: str, convert: Convert | None = None, folder: str | Path | None = None) -> Iterator[Text]:
@@ -30,13 +32,7 @@ def hub_texts(path: str, convert: Convert | None = None, folder: str | Path | No
         convert: makes of a record one that has text or messages; None leaves it out.
         folder: a local copy of the dataset, read in its place.
     """
-    match = _parse(path)
-    try:
-        import datasets
-    except ImportError:
-        missing = "" if path.startswith("hub:") else "no such file; "
-        mend = "hub datasets need the package datasets: pip install 'trimkv[train]'"
-        raise ValueError(f"{path}: {missing}{mend}") from None
+    match, datasets = _parse(path), _package(path)
     name, split, field = match["name"], match["split"] or "train", match["field"]
     if folder is not None and not Path(folder).is_dir():
         raise ValueError(f"{folder}: no such folder (for a local copy of {name})")
@@ -60,9 +56,33 @@ def pin(path: str) -> str:
     try:
         revision = _newest(match["name"])
     except Exception as error:
-        raise ValueError(f"{path}: cannot be looked up ({_line(error)})") from None
+        raise ValueError(f"{path}: {_no_file(path)}cannot be looked up on the hub ({_line(error)})") from None
     end = match.end("config") if match["config"] else match.end("name")
     return f"hub:{match.string[:end]}@{revision}{match.string[end:]}"
+
+
+def check(path: str) -> None:
+    """Whether a hub dataset could be read as far as is known without asking the hub.
+
+    Raises:
+        ValueError: a name that is none, or the package datasets is missing.
+    """
+    _parse(path)
+    _package(path)
+
+
+def _package(path: str):
+    try:
+        import datasets
+    except ImportError:
+        mend = f"hub datasets need the package datasets: {install_extra('train')}"
+        raise ValueError(f"{path}: {_no_file(path)}{mend}") from None
+    return datasets
+
+
+def _no_file(path: str) -> str:
+    """For a name that may have been meant as a file's."""
+    return "" if path.startswith("hub:") else "no such file; "
 
 
 def _parse(path: str) -> re.Match:

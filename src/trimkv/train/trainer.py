@@ -1,6 +1,5 @@
 """transformers' Trainer for gates: accelerate, DDP, accumulation, resuming and logging come with it."""
 
-import json
 import shutil
 import time
 from collections.abc import Sequence
@@ -15,8 +14,10 @@ from ..gates.attach import attach, new_gates
 from ..gates.files import GateSet, load_gates, save_gates
 from ..hf.model import why_unserved
 from ..ranks import ranks_of
+from . import run_folder
 from .config import GateConfig
 from .data import collate
+from .made_of import made_of, settings_of
 from .student import Student
 
 # What writing raises on a full disk: Python, safetensors and torch have their own ways.
@@ -32,8 +33,10 @@ class GateTrainer(Trainer):
 
     trains = "gates"
 
-    def __init__(self, student: Student, config: GateConfig, output: str | Path, dataset, meta: dict, callbacks=()):
-        self.settings, self.meta, self.sums, self.counted = config, meta, {}, 0
+    def __init__(
+        self, student: Student, config: GateConfig, output: str | Path, dataset, meta: dict, made: dict, callbacks=()
+    ):
+        self.settings, self.meta, self.made_of, self.sums, self.counted = config, meta, made, {}, 0
         args = TrainingArguments(
             output_dir=str(output),
             max_steps=config.steps,
@@ -112,22 +115,35 @@ class GateTrainer(Trainer):
             mend = "earlier checkpoints are as they were: make room, then resume"
             raise SaveError(f"{folder}: cannot be saved ({error}); {mend}") from error
 
+    def begin(self, fresh: bool) -> None:
+        """Notes in the folder what is trained there."""
+        output = Path(self.args.output_dir)
+        try:
+            run_folder.begin(output, self.settings, self.made_of, fresh)
+        except OSError as error:
+            raise SaveError(f"{output}: cannot be written ({error.strerror or error})") from error
+
     def save_result(self) -> None:
-        """Writes what was trained, where it comes from, and training.json."""
+        """Writes what was trained, and where it comes from."""
         output = Path(self.args.output_dir)
         try:
             self._save_final(output)
-            self.settings.save(output)
+            (output / run_folder.SHARES).unlink(missing_ok=True)  # of gates that are not there any more
         except UNWRITABLE as error:
             mend = "make room, then resume" if self.settings.save_steps else "make room and start anew"
             raise SaveError(f"{output}: {self.trains} cannot be saved ({error}); {mend}") from error
 
     def _save_final(self, output: Path) -> None:
-        self._save(str(output))
+        self._write(output)
 
     def _save(self, output_dir=None, state_dict=None):
+        """A checkpoint's gates, and what they are made of."""
+        self._write(Path(output_dir or self.args.output_dir))
+        run_folder.record(output_dir or self.args.output_dir, self.settings, self.made_of)
+
+    def _write(self, folder: Path) -> None:
         meta = {**self.meta, "trained_budget": self.settings.budget, **self.provenance()}
-        save_gates(self.model.model, output_dir or self.args.output_dir, **meta)
+        save_gates(self.model.model, folder, overwrite=True, **meta)
 
     @property
     def tokens_per_step(self) -> int:
@@ -139,12 +155,14 @@ class GateTrainer(Trainer):
         import transformers
 
         settings, step = self.settings, self.state.global_step
+        named = settings_of(settings)
         return {
             "context": settings.context,
             "steps": step,
             "tokens": step * self.tokens_per_step,
             "seed": settings.seed,
             "settings": asdict(settings),
+            "made_of": {name: value for name, value in self.made_of.items() if name not in named},
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }
 
@@ -177,6 +195,7 @@ def train(
     resume: bool = False,
     meta: dict | None = None,
     callbacks=(),
+    overwrite: bool = False,
 ) -> dict:
     """Trains gates for a model and writes them to a folder.
 
@@ -188,6 +207,7 @@ def train(
         gates: to start from; None starts with new ones, initialised for ``config.context``.
         resume: go on from the last checkpoint in ``output``.
         meta: provenance for gates.json, such as the data's names.
+        overwrite: replace a training, or gates, that ``output`` holds.
 
     Returns:
         steps, tokens, seconds, tokens_per_second, final_kl, final_capacity, final_occupancy (means of the last ten
@@ -195,22 +215,25 @@ def train(
 
     Raises:
         ValueError: a model without layers for gates, or one that is sharded over processes; gates that do not fit;
-            nothing to resume from, or a checkpoint of another model or training.
+            nothing to resume from, or a checkpoint of another model or training; a folder that holds gates or a
+            training already.
         SaveError: a checkpoint or the result could not be written.
     """
-    checkpoint = checkpoint_in(output, resume)
+    checkpoint = place(output, resume, overwrite)
     if ranks_of(model) is not None:
         raise ValueError("gates are trained on a model that is whole in each process; load it without a tp_plan")
     reason = why_unserved(model)
     if reason is not None:
         raise ValueError(f"gates can't be trained for {type(model).__name__}: it {reason}")
+    made = made_of(model, dataset, config, "trimkv", (meta or {}).get("base_model"), gates)
     if checkpoint is not None:
-        gates = _resumed(checkpoint, config, (meta or {}).get("base_model"))
+        run_folder.check_same(checkpoint, made)
+        gates = load_gates(checkpoint)
     if gates is None:
         gates = new_gates(model, config.kind, config.intermediate_size, config.context, config.seed)
     attach(model, gates)
     student = Student(model, config)
-    arguments = student, config, output, dataset, meta or {}, callbacks
+    arguments = student, config, output, dataset, meta or {}, made, callbacks
     return fit(GateTrainer, arguments, checkpoint, ("kl", "capacity", "occupancy"))
 
 
@@ -229,6 +252,8 @@ def fit(trainer_class: type[GateTrainer], arguments: tuple, checkpoint: Path | N
     start = time.perf_counter()
     try:
         trainer = trainer_class(*arguments)
+        if trainer.is_world_process_zero():
+            trainer.begin(fresh=checkpoint is None)
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         seconds = time.perf_counter() - start
         if trainer.is_world_process_zero():
@@ -247,41 +272,15 @@ def fit(trainer_class: type[GateTrainer], arguments: tuple, checkpoint: Path | N
     }
 
 
-def checkpoint_in(output: str | Path, resume: bool) -> Path | None:
-    """The checkpoint to go on from, None without ``resume``. ValueError if there is none."""
-    checkpoint = _last_checkpoint(Path(output)) if resume else None
-    if resume and checkpoint is None:
-        raise ValueError(f"{output}: no checkpoint to resume from")
-    return checkpoint
+def place(output: str | Path, resume: bool, overwrite: bool) -> Path | None:
+    """The checkpoint in ``output`` to go on from, None for a new training.
 
-
-def check_model(checkpoint: Path, theirs: str | None, ours: str | None) -> None:
-    """ValueError if a checkpoint is of another model."""
-    if ours and theirs and Path(ours).name.lower() != Path(theirs).name.lower():
-        raise ValueError(f"{checkpoint} is of {theirs}, not of {ours}")
-
-
-def _last_checkpoint(output: Path) -> Path | None:
-    """The newest checkpoint that is whole: one that a crash cut off lacks the state, which is written last."""
-
-    def whole(folder: Path) -> bool:
-        try:
-            return "global_step" in json.loads((folder / "trainer_state.json").read_text())
-        except (OSError, ValueError):
-            return False
-
-    steps = {int(f.name.removeprefix("checkpoint-")): f for f in output.glob("checkpoint-[0-9]*") if whole(f)}
-    return steps[max(steps)] if steps else None
-
-
-def _resumed(checkpoint: Path, config: GateConfig, base_model: str | None) -> GateSet:
-    """The gates of a checkpoint, if it is one of this training."""
-    gates = load_gates(checkpoint)
-    check_model(checkpoint, gates.base_model, base_model)
-    then = gates.meta.get("gate"), gates.intermediate_size
-    if then != (config.kind, config.intermediate_size):
-        raise ValueError(f"{checkpoint} has gates {then[0]} of size {then[1]}: resume with these, or start anew")
-    return gates
+    Raises:
+        ValueError: nothing to resume from, or something there that nobody wants to lose.
+    """
+    if not resume:
+        run_folder.check_free(output, overwrite)
+    return run_folder.checkpoint_in(output, resume)
 
 
 def _mean(values) -> float | None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from .compare import COLOURS, MARKERS, OURS
 
 
-def draw(result: dict, path: str | Path) -> None:
+def draw(result: dict, path: str | Path, mark: str = "") -> None:
     """Draws a result of ``trimkv bench`` into a file, whose ending says of what kind it is.
 
     One panel for each of: tokens/s against context, memory against context, tokens/s against batch. What does not vary
@@ -14,6 +14,7 @@ def draw(result: dict, path: str | Path) -> None:
 
     Args:
         result: rows with system, context, batch, tokens_per_second, floor_ms, peak_bytes; shape, dtype, device.
+        mark: what the file says of itself, in its metadata.
 
     Raises:
         ValueError: nothing to draw.
@@ -61,7 +62,7 @@ def draw(result: dict, path: str | Path) -> None:
         if not place:
             axes.legend(frameon=False, fontsize=8)
     figure.suptitle(f"{result['what']}, {result['shape']} {result['dtype']}, {result['device']}", fontsize=9)
-    figure.savefig(path)
+    figure.savefig(path, metadata={"Title": mark} if mark else None)
 
 
 def common(rows: list[dict], axis: str) -> tuple[str, int]:

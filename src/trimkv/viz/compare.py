@@ -9,13 +9,14 @@ ROUNDING = 1e-6  # what a KL of 0 may come out as
 OURS = {"color": "black", "marker": "o", "linewidth": 2.4, "zorder": 3}
 
 
-def draw(result: dict, path: str | Path) -> None:
+def draw(result: dict, path: str | Path, mark: str = "") -> None:
     """Draws a result of ``trimkv compare`` into a file, whose ending says of what kind it is.
 
     The full cache is not among the lines: its KL is 0. Policies that keep all tokens are dashed, with hollow markers.
 
     Args:
         result: rows with policy, budget and kl; full_perplexity, model, context, sequences; keep_all_tokens if known.
+        mark: what the file says of itself, in its metadata.
 
     Raises:
         ValueError: no line to draw.
@@ -45,7 +46,7 @@ def draw(result: dict, path: str | Path) -> None:
     axes.set_axisbelow(True)
     axes.set_title(title(result), fontsize=9)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)
-    figure.savefig(path)
+    figure.savefig(path, metadata={"Title": mark} if mark else None)
 
 
 def curves(result: dict) -> dict[str, list[tuple[int, float]]]:
