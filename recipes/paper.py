@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from trimkv.train import processes
+from trimkv.train import processes, run_folder
 from trimkv.train.config import GateConfig
 from trimkv.train.data import PackedTexts, Source
 from trimkv.train.hub import pin
@@ -144,8 +144,17 @@ def dataset(recipe: Recipe, tokenizer, copies: Path | None = None) -> tuple[Pack
     return data, steps
 
 
-def run(recipe: Recipe, model_name: str, output: Path, copies: Path | None = None, resume: bool = False) -> dict:
+def run(
+    recipe: Recipe,
+    model_name: str,
+    output: Path,
+    copies: Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> dict:
     """Trains on a GPU of its own for each process; on the CPU if there is none."""
+    if not resume:
+        run_folder.check_free(output, overwrite)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -164,7 +173,7 @@ def run(recipe: Recipe, model_name: str, output: Path, copies: Path | None = Non
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype).to(device)
     meta = {"data": ", ".join(part.path.removeprefix("hub:") for part in recipe.parts), "base_model": model_name}
-    result = train(model, data, replace(recipe.config, steps=steps), output, resume=resume, meta=meta)
+    result = train(model, data, replace(recipe.config, steps=steps), output, None, resume, meta, overwrite=overwrite)
     processes.leave()
     return result
 
@@ -179,6 +188,7 @@ def main() -> None:
     for name in ("budget", "context", "accumulation", "save_steps", "intermediate_size"):
         parser.add_argument("--" + name.replace("_", "-"), type=int, help="instead of the recipe's")
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--overwrite", action="store_true", help="replace the gates that --output holds")
     args = parser.parse_args()
     recipe = RECIPES[args.recipe]
     changes = {"save_steps": 100}
@@ -187,7 +197,7 @@ def main() -> None:
             changes[name] = getattr(args, name)
     try:
         recipe = replace(recipe, config=replace(recipe.config, **changes), steps=args.steps or recipe.steps)
-        result = run(recipe, args.model, args.output, args.data, args.resume)
+        result = run(recipe, args.model, args.output, args.data, args.resume, args.overwrite)
     except (ValueError, OSError) as error:
         sys.exit(_said(error))
     if processes.number() == 0:

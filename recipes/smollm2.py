@@ -15,9 +15,11 @@ import argparse
 import gzip
 import json
 import random
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+from trimkv.train import run_folder
 from trimkv.train.config import GateConfig
 from trimkv.train.data import PackedTexts, Source
 
@@ -142,6 +144,7 @@ def train_all(
     steps: list[int] | None = None,
     only: str | None = None,
     gates: Path | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Trains the stages one after the other and writes output/NAME for each.
 
@@ -149,7 +152,14 @@ def train_all(
         steps: of each stage, in place of its own.
         only: the one stage to train.
         gates: to start from; None starts with new ones.
+        overwrite: replace what the folders of the stages hold.
+
+    Raises:
+        ValueError: a stage's folder holds gates, or a training; said before the first stage begins.
     """
+    for name in STAGES:
+        if only in (None, name):
+            run_folder.check_free(output / name, overwrite)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -180,7 +190,8 @@ def train_all(
             seed=config.seed,
             samples=config.steps * config.batch_size * config.accumulation,
         )
-        result = train(model, dataset, config, output / name, gates, meta=meta, callbacks=[shown])
+        folder = output / name
+        result = train(model, dataset, config, folder, gates, meta=meta, callbacks=[shown], overwrite=overwrite)
         history = result.pop("history")
         print(json.dumps({"stage": name, **result, "last": history[-1]}), flush=True)
         gates = load_gates(output / name)
@@ -299,6 +310,7 @@ def main():
     two.add_argument("--only", choices=STAGES, help="train this stage and no other")
     two.add_argument("--gates", type=Path, help="folder with gates to start from")
     two.add_argument("--steps", type=int, nargs=len(STAGES), help="of each stage")
+    two.add_argument("--overwrite", action="store_true", help="replace the gates that --output holds")
     for command in (one, two):
         command.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
@@ -308,7 +320,11 @@ def main():
     if args.command == "answer":
         answer(args.data, args.model)
         return
-    train_all(args.data, args.output, args.model, args.steps, args.only, args.gates)
+    try:
+        train_all(args.data, args.output, args.model, args.steps, args.only, args.gates, args.overwrite)
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -18,13 +18,14 @@ What differs from the published settings, in favour of the baselines unless said
 
 import argparse
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import smollm2
 
 from trimkv.gates.head_sets import bundled_heads, load_heads
-from trimkv.train import processes
+from trimkv.train import processes, run_folder
 from trimkv.train.config import GateConfig
 from trimkv.train.data import PackedTexts
 from trimkv.train.heads import HeadConfig, train_heads
@@ -59,6 +60,7 @@ def train_baselines(
     begin: str | None = None,
     steps: int | None = None,
     resume: bool = False,
+    overwrite: bool = False,
 ) -> None:
     """Trains the baselines one after the other and writes output/METHOD/STAGE.
 
@@ -67,7 +69,14 @@ def train_baselines(
         begin: heads that the first of these stages starts from: "bundled", or a folder with one of each METHOD.
         steps: of each stage, in place of its own.
         resume: the first of these stages goes on from its last checkpoint.
+        overwrite: replace what the folders of the stages hold.
+
+    Raises:
+        ValueError: a stage's folder holds heads, or a training; said before the first stage begins.
     """
+    folders = [output / method / name for method in methods for name in stages(method) if not only or name in only]
+    for folder in folders[1:] if resume else folders:
+        run_folder.check_free(folder, overwrite)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -100,7 +109,7 @@ def train_baselines(
             before = {"earlier_stages": _stages_of(heads.meta)} if heads else {}
             shown = smollm2.printer(20, ("loss", "grad_norm"))
             folder = output / method / name
-            result = train_heads(model, dataset, settings, folder, heads, resume, meta | before, [shown])
+            result = train_heads(model, dataset, settings, folder, heads, resume, meta | before, [shown], overwrite)
             history, resume = result.pop("history"), False
             if processes.number() == 0:
                 print(json.dumps({"stage": name, **result, "last": history[-1]}), flush=True)
@@ -124,9 +133,14 @@ def main():
     parser.add_argument("--from", dest="begin", help="heads to start from: bundled, or a folder with METHOD in it")
     parser.add_argument("--steps", type=int, help="of each stage")
     parser.add_argument("--resume", action="store_true", help="the first stage from its last checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="replace the heads that --output holds")
     args = parser.parse_args()
     chosen = args.methods, args.stages, args.begin
-    train_baselines(args.data, args.output, args.model, *chosen, args.steps, args.resume)
+    try:
+        train_baselines(args.data, args.output, args.model, *chosen, args.steps, args.resume, args.overwrite)
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

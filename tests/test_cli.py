@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ from transformers import AutoModelForCausalLM
 
 import trimkv
 from tiny_text import CHATML, byte_tokenizer, chat_model, save_model
-from trimkv.cli import loading
+from trimkv.cache.policies import POLICIES
+from trimkv.cli import loading, slow_prompt
 from trimkv.cli.answer import Sampling, _Stream, answer
 from trimkv.cli.app import run
 from trimkv.cli.conversation import Conversation
@@ -104,6 +106,30 @@ class TestGenerate:
         assert found["device"] == "cpu" and found["dtype"] == "float32"
         assert found["new_tokens"] <= 9 and found["finish_reason"] in ("stop", "length")
         assert found["prefill_seconds"] > 0
+
+    def test_a_prompt_that_will_take_minutes_is_announced(self, trim, folder, monkeypatch):
+        """--profile paper with a policy that needs every attention weight: once 436 s without a word."""
+        monkeypatch.setattr(slow_prompt, "_seconds_of_a_layer", lambda model, tokens: 100.0)
+        common = (
+            "generate",
+            "--model",
+            folder,
+            "--prompt",
+            "a long story " * 300,
+            "--max-new-tokens",
+            1,
+            "--budget",
+            20,
+        )
+        paper = ("--profile", "paper", "--policy")
+        code, _, err = trim(*common, *paper, "h2o")
+        assert code == 0, err
+        assert "each of the 3," in err and "h2o needs every one of these weights: about 7 min" in err
+        assert "in chunks of 512 (leave --profile out)" in err
+        for fast in ((*paper, "snapkv"), ("--policy", "h2o")):
+            assert "attend" not in trim(*common, *fast)[2]
+        monkeypatch.setattr(slow_prompt, "_seconds_of_a_layer", lambda model, tokens: 0.01)
+        assert "attend" not in trim(*common, *paper, "h2o")[2]
 
     def test_the_budget_holds(self, generate):
         found = generate("--budget", 20, "--prefill-chunk", 16, "--max-new-tokens", 9)
@@ -210,6 +236,7 @@ class TestWhatAUserCanMend:
             (["--prompt", "x", "--policy", "nope"], ["'nope'", "full", "random", "streaming_llm", "trimkv"]),
             (["--prompt", "x", "--policy", "trimkv"], ["needs trained gates", "streaming_llm"]),
             (["--prompt", "x", "--policy", "trimkv", "--gates", "none"], ["--gates none"]),
+            (["--prompt", "x", "--policy", "locret"], ["needs trained heads", "none ship for", "streaming_llm"]),
             (["--prompt", "x", "--gates", "./nothing"], ["./nothing", "no such gate set"]),
             (["--prompt", "x", "--budget", "0"], ["at least 1"]),
             (["--prompt", "x", "--budget", "-5"], ["at least 1"]),
@@ -277,6 +304,24 @@ class TestWhatAUserCanMend:
         if name == "p" and content.strip():
             pipe(monkeypatch, content)
             _check(*trim("generate", "--model", folder), [said.replace("p: ", "standard input: ")])
+
+    @pytest.mark.parametrize("policy", ["trimkv", "locret", "seer_attention_r"])
+    def test_a_policy_without_its_training_names_those_that_work(self, trim, folder, policy):
+        said = trim("generate", "--model", folder, "--prompt", "x", "--policy", policy)[2]
+        named = said.split("no training (")[1].split(")")[0].split(", ")
+        assert "h2o" in named and not {"trimkv", "locret", "seer_attention_r"} & set(named)
+        for other in named if policy == "locret" else ():
+            assert (
+                trim("generate", "--model", folder, "--prompt", "x", "--policy", other, "--max-new-tokens", 1)[0] == 0
+            )
+
+    def test_gates_that_do_not_fit_the_default_model_call_it_by_its_name(self, trim, folder, tmp_path, monkeypatch):
+        """Not by the folder that it was read from."""
+        monkeypatch.setattr("trimkv.embedded.fetch", lambda *a: Path(folder))
+        trimkv.save_gates(new_gates(chat_model(hidden_size=32), intermediate_size=8), tmp_path / "gates")
+        code, out, err = trim("generate", "--prompt", "x", "--gates", tmp_path / "gates")
+        _check(code, out, err, ["do not fit smollm2: "])
+        assert folder not in err
 
     def test_gates_of_another_model(self, trim, folder, tmp_path):
         other = chat_model(hidden_size=32)
@@ -677,7 +722,21 @@ def test_policies(trim):
     assert code == 0 and set(found) >= {"full", "trimkv", "streaming_llm", "random"}
     assert found["trimkv"]["trained"] and found["trimkv"]["needs"] == ["log_beta"]
     assert all(row["source"] and row["description"] for row in found.values())
-    assert "streaming_llm" in trim("policies")[1]
+    assert set(found["h2o"]) >= {"name", "needs", "trained", "source"}
+
+
+def test_policies_are_a_short_table_and_one_is_explained(trim):
+    code, table, _ = trim("policies")
+    lines = table.splitlines()
+    assert code == 0 and all(len(line) <= 80 for line in lines)
+    assert [line.split()[0] for line in lines[1 : 1 + len(POLICIES)]] == list(POLICIES)
+    assert len(lines) == len(POLICIES) + 3
+    code, out, _ = trim("policies", "h2o", "snapkv")
+    assert code == 0 and "Deviates:" in out and "--profile paper:" in out and "2306.14048" in out
+    assert "snapkv" in out and "tova" not in out
+    found = json.loads(trim("policies", "h2o", "--json")[1])["policies"]
+    assert [row["name"] for row in found] == ["h2o"]
+    _check(*trim("policies", "h3o"), ["'h3o'", *POLICIES])
 
 
 def test_info(trim, monkeypatch, tmp_path):
@@ -688,3 +747,16 @@ def test_info(trim, monkeypatch, tmp_path):
     code, out, _ = trim("info")
     assert code == 0 and "not fetched yet" in out
     assert not (tmp_path / "home").exists()
+
+
+def test_info_says_how_large_the_default_model_is_and_how_to_remove_it(trim, monkeypatch, tmp_path):
+    model = tmp_path / "my home" / "smollm2"
+    model.mkdir(parents=True)
+    (model / "model.safetensors").write_bytes(b"x" * 2_500_000)
+    (tmp_path / "my home" / "mine.txt").write_text("not ours to remove")
+    monkeypatch.setenv("TRIMKV_HOME", str(tmp_path / "my home"))
+    found = json.loads(trim("info", "--json")[1])
+    assert (found["smollm2_folder"], found["smollm2_bytes"]) == (str(model), 2_500_000)
+    monkeypatch.setenv("COLUMNS", "400")
+    out = trim("info")[1]
+    assert f"2.5 MB, damaged: the next start fetches it again; to remove it: rm -r '{model}'" in out

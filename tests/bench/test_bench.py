@@ -9,7 +9,7 @@ import torch
 
 import trimkv
 from trimkv.attention import reference
-from trimkv.bench import attention, decode, fill, linear, models, prefill, shapes
+from trimkv.bench import attention, decode, fill, linear, measure, models, prefill, shapes
 from trimkv.cli import bench_kinds
 from trimkv.cli.app import run
 from trimkv.viz.bench import common
@@ -200,10 +200,10 @@ def test_a_finished_measurement_is_shown_and_another_one_refused(capsys, tmp_pat
 
 def test_what_a_kill_left_is_not_a_result(capsys, tmp_path, monkeypatch):
     """Rows grow beside the file; the same measurement begins anew, another one does not touch them."""
-    measure = decode.measure
+    rows = decode.measure
 
     def killed(*arguments):
-        yield next(measure(*arguments))
+        yield next(rows(*arguments))
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -233,7 +233,10 @@ def test_where_nothing_could_be_measured_there_is_no_result(what, error, capsys,
         "attention": (attention, "decode_step"),
     }.get(what, (train, "_steps"))
     monkeypatch.setattr(module, name, refuse)
-    monkeypatch.setattr(prefill, "_error", lambda *a: None)
+    for other in (decode, prefill):
+        monkeypatch.setattr(other, "_error", lambda *a: None)
+    for name in ("copy_bandwidth", "matmul_rate"):
+        monkeypatch.setattr(measure, name, lambda *a: 1e10)
     arguments = ["bench", what, "--shape", "tiny", "--budget", "16", "--output", str(tmp_path / "o.json"), "--json"]
     code = run([*arguments, *(["--context", "40"] if what != "attention" else [])])
     out, err = capsys.readouterr()
@@ -244,8 +247,6 @@ def test_where_nothing_could_be_measured_there_is_no_result(what, error, capsys,
 
 
 def test_a_training_whose_budget_is_never_exceeded(capsys, monkeypatch):
-    from trimkv.bench import measure
-
     monkeypatch.setattr(measure, "copy_bandwidth", lambda *a: pytest.fail("measured first"))
     assert run(["bench", "train", "--shape", "tiny", "--context", "128", "--steps", "2"]) == 2
     err = capsys.readouterr().err

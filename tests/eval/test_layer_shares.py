@@ -241,9 +241,63 @@ def test_shares_from_the_command_line(folders, capsys):
     assert code == 0 and out.count("\n") > 6 and f"{found['layer_shares'][0]:.2f}" in out, err
 
 
+OPTIONS = ("--max-sequences", 2, "--measured-at", "6,24", "--good-for", 12)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_shares_say_what_they_were_made_of_and_are_not_lost(folders, capsys, tmp_path, monkeypatch):
+    from trimkv.cli import loading
+    from trimkv.eval import layer_shares
+
+    def shares(*more):
+        text = () if "--text" in more else ("--text", folders / "text.txt")
+        return shares_from_the_command_line(folders, capsys, *text, *OPTIONS, "--output", out, *more)
+
+    def refused(found, *said):
+        code, printed, err = found
+        assert code == 2 and not printed and len(err.splitlines()) == 1, err
+        assert all(words in err for words in said), err
+
+    out, other = tmp_path / "with", tmp_path / "other.txt"
+    other.write_text("Another small word in another text. " * 60)
+    code, shown, err = shares()
+    assert code == 0, err
+    before = contents(out)
+    made_of = json.loads(before["shares.json"])["made_of"]
+    assert made_of["text"]["name"] == "text.txt" and made_of["measured_at"] == [6, 24]
+    assert json.loads(before["gates.json"])["layer_shares_made_of"] == made_of
+    monkeypatch.setattr(layer_shares, "layer_costs", lambda *a, **k: pytest.fail("measured again"))
+    code, again, err = shares()
+    assert code == 0 and again == shown and "holds these shares" in err
+    refused(shares("--text", other), "text is text.txt [", "there, other.txt [", "--overwrite")
+    with monkeypatch.context() as patch:
+        patch.setattr(loading, "load_model", lambda *a, **k: pytest.fail("the model was loaded first"))
+        refused(shares("--most", 1.5), "most is 2.0 there, 1.5 here")
+        refused(shares("--output", folders / "gates"), "holds gates", "--overwrite")
+    assert contents(out) == before
+    gates = json.loads((out / "gates.json").read_text())
+    (out / "gates.json").write_text(json.dumps({**gates, "layer_shares": [1.0] * 4}))
+    refused(shares(), "holds gates that are not those of its shares.json")
+
+
+def test_shares_may_be_written_over_their_own_gates(folders, capsys, tmp_path):
+    import shutil
+
+    own = shutil.copytree(folders / "gates", tmp_path / "own")
+    options = ("--gates", own, "--text", folders / "text.txt", *OPTIONS, "--output", own)
+    assert shares_from_the_command_line(folders, capsys, *options)[0] == 2
+    code, _, err = shares_from_the_command_line(folders, capsys, *options, "--overwrite")
+    assert code == 0, err
+    assert "layer_shares" in json.loads((own / "gates.json").read_text())
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
+        (("--measured-at", "6,24", "--most", "nan"), "--most"),
         (("--measured-at", "6"), "at least two numbers"),
         (("--measured-at", "6,60"), "each less than --context 60"),
         (("--measured-at", "6,x"), "--measured-at 6,x: whole numbers"),

@@ -1,5 +1,6 @@
 """The named recipes read the published columns, and hub datasets stream from where they lie."""
 
+import importlib
 import importlib.util
 import json
 import sys
@@ -144,10 +145,34 @@ def test_a_recipe_from_the_command_line(paper, tmp_path, monkeypatch, capsys):
     assert json.loads(printed.splitlines()[-1])["tokens"] == 2 * 4 * 200
     meta = json.loads((out / "gates.json").read_text())
     assert meta["data"].startswith("open-r1/OpenR1-Math-220k/default@e4e141ec") and meta["settings"]["losses"]
+    before = (out / "gates.json").read_bytes()
+    code, _, err = call(paper, monkeypatch, capsys, "openr1-math", *small, "--steps", 2)
+    assert code == 2 and "holds gates for" in err and "--overwrite" in err and len(err.strip().splitlines()) == 1
+    code, _, err = call(paper, monkeypatch, capsys, "openr1-math", *small, "--steps", 1, "--resume")
+    assert code == 2 and "steps is 2 there, 1 here" in err.splitlines()[-1] and "Traceback" not in err
+    assert (out / "gates.json").read_bytes() == before
     resume = ("--steps", 2, "--resume")
     assert call(paper, monkeypatch, capsys, "openr1-math", *small, *resume)[0] == 0
-    code, _, err = call(paper, monkeypatch, capsys, "openr1-math", *small, "--accumulation", 5)  # every sample once: 4
+    code, _, err = call(
+        paper, monkeypatch, capsys, "openr1-math", *small, "--accumulation", 5, "--overwrite"
+    )  # every sample once: 4
     assert code == 2 and "less than one step" in err and len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("name, arguments", [("smollm2", ("train",)), ("smollm2_baselines", ())])
+def test_the_bundled_sets_recipes_lose_nothing(name, arguments, tmp_path, monkeypatch, capsys):
+    """One stage's folder holds something: said before the first stage begins."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    recipe = importlib.import_module(name)
+    folder = tmp_path / ("longer" if arguments else "locret/longest")
+    folder.mkdir(parents=True)
+    (folder / "gates.json").write_text('{"base_model": "smollm2", "steps": 700}')
+    monkeypatch.setattr("trimkv.embedded.resolve", lambda model: pytest.fail("the model was looked for first"))
+    monkeypatch.setattr(sys, "argv", [name, *arguments, "--data", "texts", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit) as end:
+        recipe.main()
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and f"{folder} holds gates for smollm2 (700 steps)" in err and "--overwrite" in err
 
 
 def test_a_revision_that_is_not_given_is_pinned(paper, hub):
