@@ -92,6 +92,21 @@ def test_help_answers_before_torch_could_be_imported():
     assert time.perf_counter() - start < 2
 
 
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        ("train", ["M of the capacity loss: tokens that each head may retain", "By default a border parts them"]),
+        ("generate", ["even gives every layer the same number of slots", "each head keeps for itself"]),
+        ("shares", ["A share of 1.5 gives a layer one and a half times the budget"]),
+        ("bench", ["The floor of a step is the least time"]),
+    ],
+)
+def test_words_of_our_own_are_explained_where_they_are_used(trim, command, words):
+    text = " ".join(trim(command, "--help")[1].split())
+    for said in words:
+        assert said in text
+
+
 def test_no_command_shows_the_help(trim):
     code, out, _ = trim()
     assert code == 0 and "Usage: trimkv" in out

@@ -16,6 +16,10 @@ from .options import model_options, numbers, output_options, overwrite_option, s
 from .partial import Partial, unfinished
 
 ALL = "all"
+WORDS = (
+    "KL: nats by which predictions differ from the full cache's. same top-1: how often the most probable token is the "
+    "same. tokens: the most that a query attended to, as a mean over layers and in the largest layer"
+)
 SIDE_BY_SIDE = 16  # cells fed token by token at a time on a GPU, which one alone leaves idle; a kill loses so many
 
 
@@ -277,7 +281,7 @@ def _print(result: dict) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    caption = f"perplexity with the full cache: {result['full_perplexity']:.3f}"
+    caption = f"perplexity with the full cache: {result['full_perplexity']:.3f}. {WORDS}"
     if selecting := [name for name in result.get("keep_all_tokens", ()) if name != "full"]:
         caption += f"; {', '.join(selecting)}: all tokens are kept, the budget is what is attended to"
     table = Table(

@@ -51,13 +51,16 @@ def made_of(model, dataset, config, method: str, base_model: str | None, start) 
 
 
 def of_weights(model) -> str:
-    """A digest of a model's weights: of names, shapes and some values of each. What was trained for it is left out."""
+    """A digest of a model's weights: of names, shapes and some values of each. What was trained for it is left out.
+
+    Weights that are no plain tensors (offloaded, or of a quantiser's own class) count by name and shape.
+    """
     names, values = [], []
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if any(f".{part}." in name for part in TRAINED):
             continue
         names.append([name, list(tensor.shape), str(tensor.dtype)])
-        if tensor.device.type != "meta" and tensor.numel():
+        if type(tensor.data) is torch.Tensor and tensor.device.type != "meta" and tensor.numel():
             values.append(tensor.detach().flatten()[:: max(1, tensor.numel() // SAMPLES)][:SAMPLES].float().cpu())
     return fingerprint.of_json([names, fingerprint.of_tensors(values)])
 
