@@ -64,8 +64,8 @@ def steady(model, context: int, batch: int, args, bandwidth: float, sampling: di
         if context > args.chunk:
             engine.prefix(prompt[:-1])
         params = SamplingParams(args.steps * 2 + 20 + batch, ignore_eos=True, **sampling)
-        ids = [engine.add(prompt, params) for _ in range(batch)]
-        while any(engine._find(id).status != "running" for id in ids):
+        requests = [engine.add(prompt, params) for _ in range(batch)]
+        while any(request.status != "running" for request in requests):
             engine.step()
         for _ in range(5):
             engine.step()
@@ -77,11 +77,11 @@ def steady(model, context: int, batch: int, args, bandwidth: float, sampling: di
                 engine.step()
             wait(device)
             seconds.append((time.perf_counter() - start) / args.steps)
-        assert not any(engine._find(id).done for id in ids), "a row was done before the clock stopped"
+        assert not any(request.done for request in requests), "a row was done before the clock stopped"
         weights, slots = moved_bytes(engine)
         fused = engine.runner.fused is not None
-        for id in ids:
-            engine.cancel(id)
+        for request in requests:
+            request.cancel()
         full_row = FULL_CONTEXT * sum(s.bytes_per_token for s in engine.runner.cache.stores)
     step, floor = min(seconds), (weights + slots) / bandwidth
     full_floor = (weights + batch * full_row) / bandwidth

@@ -127,8 +127,8 @@ def steady(model, rows: int, args) -> dict:
         reads = -(-args.context // args.chunk)  # steps until the last prompt is read
         params = SamplingParams(rows * reads + 2 * args.steps + 20, ignore_eos=True)
         start = time.perf_counter()
-        ids = [engine.add(prompt(args.context, vocabulary, seed), params) for seed in range(rows)]
-        while any(engine._find(id).status != "running" for id in ids):
+        requests = [engine.add(prompt(args.context, vocabulary, seed), params) for seed in range(rows)]
+        while any(request.status != "running" for request in requests):
             engine.step()
         wait(args.device)
         reading = time.perf_counter() - start
@@ -142,10 +142,10 @@ def steady(model, rows: int, args) -> dict:
                 engine.step()
             wait(args.device)
             seconds.append((time.perf_counter() - start) / args.steps)
-        assert not any(engine._find(id).done for id in ids), "a row was done before the clock stopped"
-        tokens, memory = [engine._find(id).tokens[:32] for id in ids], engine.memory
-        for id in ids:
-            engine.cancel(id)
+        assert not any(request.done for request in requests), "a row was done before the clock stopped"
+        tokens, memory = [request.tokens[:32] for request in requests], engine.memory
+        for request in requests:
+            request.cancel()
         engine.step()
     return {
         "rows": rows,

@@ -97,6 +97,8 @@ def alone_in_time(folder: Path, rank: int) -> dict:
     model = load(folder, "qwen3", True)
     found = {}
     with Engine(model, "streaming_llm", BUDGET, rows=2, chunk=CHUNK) as engine:
+        held, queue = [], engine._queue
+        engine._queue = lambda requests: held.extend(requests) or queue(requests)
         drawn = engine.generate([prompt(5)] * 3, long(8, temperature=2.0), progress=False)
         found["drawn"] = [one.tokens for one in drawn]
         if rank == 0:  # the first process alone hears Ctrl-C
@@ -104,7 +106,7 @@ def alone_in_time(folder: Path, rank: int) -> dict:
 
             def collect(all_of_them):
                 take(all_of_them)
-                if len(engine._requests[4].tokens) >= 3 and not pressed:
+                if len(held[4].tokens) >= 3 and not pressed:
                     pressed.append(os.kill(os.getpid(), signal.SIGINT))
 
             engine._collect = collect
@@ -113,14 +115,14 @@ def alone_in_time(folder: Path, rank: int) -> dict:
         except KeyboardInterrupt:
             found["interrupted"] = True
         engine.step()
-        found["left"] = [(engine.result(i).finish_reason, engine.result(i).tokens) for i in (3, 4)]
+        found["left"] = [(one.result().finish_reason, one.tokens) for one in held[3:5]]
 
         engine.start()
-        ids = [engine.add(prompt(4 + i), long(10_000 if i == 1 else 20)) for i in range(4)]
-        for i, _ in enumerate(engine.stream(ids[1])):
+        several = [engine.add(prompt(4 + i), long(10_000 if i == 1 else 20)) for i in range(4)]
+        for i, _ in enumerate(several[1]):
             if i == (5 if rank == 0 else 2):
-                engine.cancel(ids[1])
-        found["threads"] = [(engine.result(i).finish_reason, engine.result(i).tokens) for i in ids]
+                several[1].cancel()
+        found["threads"] = [(one.result().finish_reason, one.tokens) for one in several]
     return found
 
 

@@ -34,13 +34,13 @@ def coarse(name):
 
 def run_with_arrivals(engine, requests):
     """Adds one request every third step; returns finished requests in order."""
-    ids, steps = [], 0
-    while len(ids) < len(requests) or engine.busy:
-        if steps % 3 == 0 and len(ids) < len(requests):
-            ids.append(engine.add(*requests[len(ids)]))
+    found, steps = [], 0
+    while len(found) < len(requests) or engine.busy:
+        if steps % 3 == 0 and len(found) < len(requests):
+            found.append(engine.add(*requests[len(found)]))
         engine.step()
         steps += 1
-    return [engine.result(id) for id in ids]
+    return [request.result() for request in found]
 
 
 @pytest.mark.parametrize("buffer", [0, 4])
@@ -157,9 +157,9 @@ def test_a_long_prompt_does_not_stop_those_that_run(model):
         made = []
         for _ in range(12):
             engine.step()
-            made.append(len(engine._find(running).tokens))
+            made.append(len(running.tokens))
         assert made == list(range(made[0], made[0] + 12))
-        assert first.tokens == engine.result(running).tokens[:1]
+        assert first.tokens == running.result().tokens[:1]
 
 
 def test_a_stop_token_ends_a_request_and_is_its_last_token(model):
@@ -231,7 +231,7 @@ def test_streams_yield_tokens_while_others_run(model):
         a, b = engine.add(prompt(40), long(12)), engine.add(prompt(17), long(25))
         stream = engine.stream(b)
         assert next(stream) == alone(model, "trimkv", prompt(17), 1)[0]
-        assert len(engine._find(b).tokens) < 25
+        assert len(b.tokens) < 25
         assert list(engine.stream(a)) == alone(model, "trimkv", prompt(40), 12)
         assert len(list(stream)) == 24
 

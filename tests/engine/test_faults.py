@@ -10,6 +10,7 @@ import torch
 import tiny
 from alone import BUDGET, CHUNK, alone, long, prompt
 from trimkv import Engine, SamplingParams
+from trimkv.engine.rows import Rows
 
 
 @pytest.fixture
@@ -64,7 +65,7 @@ def test_cancelled_while_its_prompt_is_read(engine, model):
     engine.step(), engine.step(), engine.step()
     read = engine.add(prompt(90), long(20))
     engine.step(), engine.step()
-    assert engine._find(read).status == "prefilling"
+    assert read.status == "prefilling"
     assert engine.cancel(read)
     expect_clean(engine, model)
     assert engine.result(other).tokens == alone(model, engine.policy_name, prompt(17), 20)
@@ -107,8 +108,8 @@ def test_a_running_row_whose_logits_are_not_numbers(engine, model):
     )
     others = [p for p in texts if p != bad]
     with poisoned(model, token):
-        ids = [engine.add(prompt(p), long(25)) for p in (bad, *others)]
-        failed, *found = [engine.result(id) for id in ids]
+        requests = [engine.add(prompt(p), long(25)) for p in (bad, *others)]
+        failed, *found = [request.result() for request in requests]
         assert [request.tokens for request in found] == [texts[p] for p in others]
     assert failed.finish_reason == "error"
     assert failed.tokens == texts[bad][: texts[bad].index(token) + 1]
@@ -160,24 +161,25 @@ def test_a_step_that_breaks_fails_what_runs_and_nothing_else(engine, model):
             raise RuntimeError("broken")
         return attend(*args)
 
-    ids = [engine.add(prompt(p), long(20)) for p in (5, 8, 40)]
-    while engine._find(ids[1]).status != "running":
+    a, b, queued = (engine.add(prompt(p), long(20)) for p in (5, 8, 40))
+    while b.status != "running":
         engine.step()
     layer.attend = refuse
     with pytest.raises(RuntimeError, match="broken"):
         while engine.step():
             pass
     del layer.attend
-    a, b = (engine.result(id) for id in ids[:2])
     assert a.finish_reason == b.finish_reason == "error" and a.error == "RuntimeError: broken"
     assert a.tokens == alone(model, engine.policy_name, prompt(5), 20)[: len(a.tokens)]
-    assert engine.result(ids[2]).tokens == alone(model, engine.policy_name, prompt(40), 20)
+    assert queued.result().tokens == alone(model, engine.policy_name, prompt(40), 20)
     expect_clean(engine, model)
 
 
 def test_ctrl_c_in_generate_stops_its_requests_and_no_others(engine, model):
     """Also in the middle of a forward, when some layers have a token that others lack."""
-    other, calls = engine.add(prompt(17), long(40)), []
+    other, calls, held = engine.add(prompt(17), long(40)), [], []
+    queue = engine._queue
+    engine._queue = lambda requests: held.extend(requests) or queue(requests)
 
     def press(module, args, kwargs):
         calls.append(1)
@@ -191,7 +193,7 @@ def test_ctrl_c_in_generate_stops_its_requests_and_no_others(engine, model):
     hook.remove()
     assert signal.getsignal(signal.SIGINT) is before
     assert len(calls) < 20
-    assert [r.finish_reason for r in engine._requests.values()] == [None, *["cancelled"] * 3]
+    assert [r.finish_reason for r in (other, *held)] == [None, *["cancelled"] * 3]
     assert engine.result(other).tokens == alone(model, engine.policy_name, prompt(17), 40)
     expect_clean(engine, model)
 
@@ -250,10 +252,9 @@ def test_impossible_sampling_is_refused(bad):
 
 def test_no_new_tokens_is_finished_at_once(model):
     with Engine(model, "streaming_llm", BUDGET, rows=1, chunk=CHUNK) as engine:
-        id = engine.add(prompt(5), long(0))
-        request = engine.result(id)
+        request = engine.add(prompt(5), long(0)).result()
         assert (request.status, request.finish_reason, request.tokens) == ("finished", "length", [])
-        assert list(engine.stream(id)) == [] and not engine.busy
+        assert list(request) == [] and not engine.busy
         none, some = engine.generate([prompt(5), prompt(9)], [long(0), long(3)])
         assert (len(none.tokens), len(some.tokens)) == (0, 3)
 
@@ -261,11 +262,11 @@ def test_no_new_tokens_is_finished_at_once(model):
 def test_closing_ends_everything_and_leaves_the_model_usable(model):
     engine = Engine(model, "streaming_llm", BUDGET, rows=1, chunk=CHUNK)
     engine.start()
-    ids = [engine.add(prompt(5), long(100_000)) for _ in range(2)]
-    next(engine.stream(ids[0]))
+    requests = [engine.add(prompt(5), long(100_000)) for _ in range(2)]
+    next(iter(requests[0]))
     engine.close()
     engine.close()
-    assert [engine.result(id).finish_reason for id in ids] == ["cancelled"] * 2
+    assert [request.result().finish_reason for request in requests] == ["cancelled"] * 2
     assert engine.runner.cache is None and not engine._thread.is_alive()
     with pytest.raises(ValueError, match="closed"):
         engine.add([5])
@@ -284,3 +285,43 @@ def test_a_thread_that_steps_outlives_a_broken_step(model):
         assert engine.result(engine.add(prompt(5), long(5))).finish_reason == "error"
         hook.remove()
         assert engine.result(engine.add(prompt(9), long(3))).tokens == expected
+
+
+def test_a_request_that_cannot_take_its_row_fails_alone(engine, model, monkeypatch):
+    """Its prompt is read, and what the row is told of it is refused."""
+    place = Rows.place
+
+    def refuse(self, row, request, prompt):
+        place(self, row, request, prompt)
+        if len(request.prompt) == 13:
+            raise RuntimeError("no such row")
+
+    monkeypatch.setattr(Rows, "place", refuse)
+    first, bad, last = engine.generate([prompt(16), prompt(13), prompt(9)], long(20), progress=False)
+    assert (bad.finish_reason, bad.error, bad.tokens) == ("error", "RuntimeError: no such row", [])
+    for found, p in ((first, 16), (last, 9)):
+        assert found.tokens == alone(model, engine.policy_name, prompt(p), 20)
+    monkeypatch.undo()
+    expect_clean(engine, model)
+
+
+def test_a_prefix_that_cannot_be_kept_ends_nothing_else(engine, model, monkeypatch):
+    def refuse(request):
+        raise RuntimeError("no room")
+
+    running = engine.add(prompt(9), long(20))
+    monkeypatch.setattr(engine.runner, "keep", refuse)
+    with pytest.raises(RuntimeError, match="the prefix was not kept: RuntimeError: no room"):
+        engine.prefix(prompt(40))
+    assert running.result().tokens == alone(model, engine.policy_name, prompt(9), 20)
+    monkeypatch.undo()
+    expect_clean(engine, model)
+
+
+def test_a_listener_that_fails_is_dropped(engine, model):
+    def fail():
+        raise KeyError("gone")
+
+    engine._listeners[fail] = None
+    expect_clean(engine, model)
+    assert fail not in engine._listeners

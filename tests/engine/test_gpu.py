@@ -66,13 +66,13 @@ def test_reading_a_prompt_waits_for_nothing(model):
         later = [engine.add(prompt(p), long(100)) for p in (61, 90, 17)]
         torch.cuda.set_sync_debug_mode("error")
         try:
-            while any(engine._find(id).status != "running" for id in later):
+            while any(one.status != "running" for one in later):
                 engine.step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        assert not engine._find(first).done
-        for id, p in zip(later, (61, 90, 17), strict=True):
-            assert engine.result(id).tokens == alone(model, "trimkv", prompt(p), 100), p
+        assert not first.done
+        for one, p in zip(later, (61, 90, 17), strict=True):
+            assert one.result().tokens == alone(model, "trimkv", prompt(p), 100), p
 
 
 def test_drawn_tokens_are_those_of_the_cpu(model):
@@ -87,8 +87,8 @@ def test_drawn_tokens_are_those_of_the_cpu(model):
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.8, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.1}])
 def test_a_hundred_steps_wait_for_nothing(model, options):
     with Engine(model, "trimkv", BUDGET, rows=4, chunk=CHUNK) as engine:
-        ids = [engine.add(prompt(p), long(200, seed=p, **options)) for p in (5, 17, 40, 9)]
-        while any(engine._find(id).status != "running" for id in ids):
+        requests = [engine.add(prompt(p), long(200, seed=p, **options)) for p in (5, 17, 40, 9)]
+        while any(one.status != "running" for one in requests):
             engine.step()
         engine.step()
         torch.cuda.set_sync_debug_mode("error")
@@ -97,7 +97,7 @@ def test_a_hundred_steps_wait_for_nothing(model, options):
                 engine.step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        assert all(len(engine._find(id).tokens) > 100 for id in ids)
+        assert all(len(one.tokens) > 100 for one in requests)
 
 
 def test_memory_does_not_grow_after_the_start(model):
@@ -119,9 +119,9 @@ def test_rows_that_run_are_not_touched_by_a_late_capture(model):
         for _ in range(12):
             engine.step()
         later = [engine.add(prompt(p), long(20)) for p in (9, 40, 5)]
-        assert engine.result(first).tokens == alone(model, "trimkv", prompt(17), 40)
-        for id, p in zip(later, (9, 40, 5), strict=True):
-            assert engine.result(id).tokens == alone(model, "trimkv", prompt(p), 20)
+        assert first.result().tokens == alone(model, "trimkv", prompt(17), 40)
+        for one, p in zip(later, (9, 40, 5), strict=True):
+            assert one.result().tokens == alone(model, "trimkv", prompt(p), 20)
         assert len(engine.runner.graphs.captured) >= 3
 
 
@@ -130,14 +130,14 @@ def test_chunks_that_are_captured_late_touch_neither_rows_nor_prompts(model):
     lengths = (1, 30, 17, 8)
     with Engine(model, "trimkv", BUDGET, rows=4, chunk=CHUNK, fast_start=True) as engine:
         assert not engine.runner.staging.graphs.captured
-        ids = []
+        requests = []
         for p in lengths:
-            ids.append(engine.add(prompt(p), long(40)))
+            requests.append(engine.add(prompt(p), long(40)))
             for _ in range(7):
                 engine.step()
         engine.prefix(prompt(90)[:40])
-        for id, p in zip(ids, lengths, strict=True):
-            assert engine.result(id).tokens == alone(model, "trimkv", prompt(p), 40), p
+        for one, p in zip(requests, lengths, strict=True):
+            assert one.result().tokens == alone(model, "trimkv", prompt(p), 40), p
         again = engine.generate([prompt(90)], long(20), progress=False)[0]
         assert (again.reused_tokens, again.tokens) == (40, alone(model, "trimkv", prompt(90), 20))
         forwards = {key for key in engine.runner.staging.graphs.captured if key[0] == "_forward"}

@@ -89,19 +89,19 @@ def engine(monkeypatch):
 
 def test_graphs_are_captured_when_needed_and_used_again(engine):
     requests = ((17, 40, {}), (9, 20, {}), (40, 15, {"temperature": 0.8, "seed": 1}), (5, 20, {}), (3, 12, {}))
-    ids = []
+    handles = []
     for p, n, options in requests:  # each comes while the others run
-        ids.append(engine.add(prompt(p), long(n, **options)))
+        handles.append(engine.add(prompt(p), long(n, **options)))
         for _ in range(6):
             engine.step()
-    for id, (p, n, options) in zip(ids, requests, strict=True):
+    for handle, (p, n, options) in zip(handles, requests, strict=True):
         if not options:
-            assert engine.result(id).tokens == alone(engine.model, "trimkv", prompt(p), n), p
-        assert len(engine.result(id).tokens) == n
+            assert handle.result().tokens == alone(engine.model, "trimkv", prompt(p), n), p
+        assert len(handle.result().tokens) == n
     captured = dict(engine.runner.graphs.captured)
     assert {(1, GREEDY), (2, GREEDY), (4, DRAWN)} <= set(captured)
     again = engine.generate([prompt(17)], long(10), progress=False)[0]
-    assert again.tokens == engine.result(ids[0]).tokens[:10]
+    assert again.tokens == handles[0].tokens[:10]
     assert engine.runner.graphs.captured == captured
 
 

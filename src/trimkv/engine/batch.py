@@ -52,10 +52,22 @@ def first_rows(cache: BoundedCache, rows: int) -> BoundedCache:
     return part
 
 
+def take_apart(cache: BoundedCache) -> None:
+    """Lets go of all tensors of a cache that nobody uses any more. Its layers and what they have in common hold each
+    other: Python would free them at some later time."""
+    if cache.ahead is not None:
+        cache.ahead.layers = []
+        cache.ahead = None
+    for layer in cache.layers:
+        layer.ahead = layer.store = None
+        layer.reset()
+
+
 def count_steps(cache: BoundedCache, part: BoundedCache) -> None:
-    """Takes over what the host has counted while ``part``, first rows of this cache, was used."""
+    """Takes over what the host has counted while ``part``, first rows of this cache, was used for the last time."""
     for layer, used in zip(cache.layers, part.layers, strict=True):
         layer.store.used = used.store.used
         for name, value in vars(used).items():
             if isinstance(value, (int, bool)):
                 setattr(layer, name, value)
+    take_apart(part)

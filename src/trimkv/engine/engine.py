@@ -3,10 +3,12 @@
 import asyncio
 import itertools
 import logging
+import os
 import random
 import threading
+import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -15,22 +17,21 @@ from ..budget import Budget
 from ..cache.build import DEFAULT_CHUNK
 from ..cache.policies import Policy, make
 from ..gates.attach import attach
+from ..gates.files import GateSet
 from ..hf.lasting import lasting
 from ..hf.model import full_attention_modules
 from ..ranks import ranks_of
-from . import batch
+from . import batch, checks
 from .bar import Bar
 from .interrupt import interruptible
-from .request import MAX_STOPS, REASONS, Request, SamplingParams, end_tokens
+from .prompts import Prompt, Prompts
+from .request import MAX_STOPS, MOST_TOKENS, REASONS, Request, SamplingParams, end_tokens
 from .runner import Runner
 from .together import Step, Together
 
 logger = logging.getLogger(__name__)
 
-KEPT_RESULTS = 4096  # finished requests that can still be asked for
 PATIENCE = 60.0  # seconds that a process waits for a request that the first one has been given already
-
-Prompt = str | Sequence[int] | torch.Tensor
 
 
 class Engine:
@@ -40,8 +41,14 @@ class Engine:
     the start. Every ``step`` reads one chunk of a waiting prompt and makes one token for each running request. What a
     request gets depends on nothing but itself.
 
+    ``add`` returns a request's handle, a ``Request``; results belong to it. The engine holds a request until it has
+    ended, whether or not anybody else does, and keeps nothing of it afterwards. ``result``, ``stream``, ``astream`` and
+    ``cancel`` take the handle, or its ``id`` while somebody holds the handle.
+
     ``add``, ``cancel``, ``stream`` and ``result`` may be called from any thread. Somebody must call ``step``: those who
     wait for tokens do, unless a thread was started for it (``start``).
+
+    ``close``, or the end of a ``with`` block, gives all memory back. Gates that the engine has put on a model stay.
 
     Tensor parallel, for models that do not fit one GPU: start N processes with torchrun, load the model in each with
     ``from_pretrained(..., distributed_config=DistributedConfig(tp_plan="auto"))`` (or ``tp_plan="auto"``), and run the
@@ -95,33 +102,47 @@ class Engine:
         fused: bool | None = None,
         batch_invariant: bool = False,
     ):
-        for name, value, least in (("rows", rows, 1), ("chunk", chunk, 1), ("prefixes", prefixes, 0)):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
-        if isinstance(model, str):
-            model, tokenizer = _load(model, tokenizer)
+        rows, chunk = checks.whole("rows", rows, 1), checks.whole("chunk", chunk, 1)
+        prefixes = checks.whole("prefixes", prefixes, 0)
+        if max_prompt_tokens is not None:
+            max_prompt_tokens = checks.whole("max_prompt_tokens", max_prompt_tokens, 1)
+        compile, fast_start = checks.flag("compile", compile), checks.flag("fast_start", fast_start)
+        fused = None if fused is None else checks.flag("fused", fused)
+        batch_invariant = checks.flag("batch_invariant", batch_invariant)
+        if not isinstance(policy, (str, Policy)):
+            raise ValueError(f"policy must be a name or a Policy, got {checks.shown(policy)}")
+        if not isinstance(gates, (str, os.PathLike, GateSet)):
+            raise ValueError(f"gates must be a name, a folder or a GateSet, got {checks.shown(gates)}")
+        if tokenizer is not None and not (callable(tokenizer) and hasattr(tokenizer, "decode")):
+            raise ValueError(f"tokenizer must be one of transformers, got {checks.shown(tokenizer)}")
         policy, budget = make(policy), Budget.of(budget)
+        self._own_model = isinstance(model, (str, os.PathLike))
+        if self._own_model:
+            model, tokenizer = _load(os.fspath(model), tokenizer)
+        if not hasattr(model, "config") or not hasattr(model, "get_decoder"):
+            raise ValueError(f"model must be a transformers decoder model or its name, got {checks.shown(model)}")
         batch.check(model, policy, budget, rows)
         if "log_beta" in policy.needs and not _has_gates(model):
             attach(model, gates)
         self.model, self.tokenizer = model.eval(), tokenizer
         context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        self.max_prompt_tokens = max_prompt_tokens or context or 2**31 - 1
+        self.max_prompt_tokens = max_prompt_tokens or context or MOST_TOKENS
         self.max_tokens = None if policy.bounded else budget.tokens  # of a request, where nothing is to be evicted
         self.runner = Runner(model, policy, budget, rows, chunk, prefixes, compile, fast_start, fused, batch_invariant)
         self.memory = self.runner.memory
         logger.info("engine of %d rows: %s", rows, ", ".join(f"{k} {v:,} B" for k, v in self.memory.items()))
 
+        self._prompts = Prompts(tokenizer, self.max_prompt_tokens, self.runner.vocabulary)
         self._ends = end_tokens(model, tokenizer)
         self._running: list[Request | None] = [None] * rows
         self._reading: Request | None = None  # the request whose prompt is in the staging row
         self._fed: int | None = None  # tokens of it that are there; None before the first chunk
         self._waiting: deque[Request] = deque()
-        self._requests: dict[int, Request] = {}
+        self._requests: weakref.WeakValueDictionary[int, Request] = weakref.WeakValueDictionary()
         self._ids = itertools.count()
         self._news = threading.Condition()  # guards requests and queue; told after every step
         self._stepping = threading.Lock()  # held by whoever uses the device
-        self._listeners: dict[object, None] = {}
+        self._listeners: dict[Callable[[], object], None] = {}
         self._thread: threading.Thread | None = None
         self._closed = self._closing = self._given_back = False
         self._told_to_stop = False  # the first process has seen Ctrl-C
@@ -133,21 +154,34 @@ class Engine:
 
     # Asking.
 
-    def add(self, prompt: Prompt, params: SamplingParams | None = None) -> int:
-        """Queues a request. Returns its id.
+    def add(self, prompt: Prompt, params: SamplingParams | None = None) -> Request:
+        """Queues a request. Returns its handle.
+
+        Args:
+            prompt: text; token ids; or the messages of a chat, each with "role" and "content", which the tokenizer's
+                chat template renders up to where the answer begins.
 
         Raises:
-            ValueError: an empty or too long prompt, tokens the model does not know, text without a tokenizer, more
-                stop tokens than a row has room for; with policy full, more tokens than the budget.
+            ValueError: an empty or too long prompt, tokens the model does not know, text without a tokenizer, messages
+                that the chat template refuses, more stop tokens than a row has room for; with policy full, more tokens
+                than the budget.
         """
-        request = self._request(prompt, params or SamplingParams())
+        request = self._request(prompt, params)
         self._queue([request])
-        return request.id
+        return request
 
-    def cancel(self, id: int) -> bool:
-        """Ends a request, whatever it is doing. Returns whether it was not over yet; what it has made stays."""
+    def cancel(self, request: Request | int) -> bool:
+        """Ends a request, whatever it is doing. Returns whether it was not over yet; what it has made stays.
+
+        Args:
+            request: the handle, or its id while somebody holds the handle; here and in ``result``, ``stream`` and
+                ``astream``.
+
+        Raises:
+            ValueError: an id whose handle nobody holds, or a request of another engine.
+        """
+        request = self._find(request)
         with self._news:
-            request = self._find(id)
             if request.done:
                 return False
             self._cancel(request)
@@ -166,27 +200,30 @@ class Engine:
         chunk = self.runner.chunk
         if not self.runner.prefixes:
             raise ValueError("this engine keeps no prefixes; make it with prefixes=1 or more")
-        request = self._request(prompt, SamplingParams(max_new_tokens=1))
+        request = self._request(prompt, SamplingParams(max_new_tokens=1), is_prefix=True)
         if len(request.prompt) < chunk:
             raise ValueError(f"a prefix shorter than a chunk ({chunk} tokens) spares nothing: leave it out")
-        request.prompt, request.is_prefix = request.prompt[: len(request.prompt) // chunk * chunk], True
+        request.prompt = request.prompt[: len(request.prompt) // chunk * chunk]
         self._queue([request], first=True)
-        if self.result(request.id).finish_reason != "length":
+        if self.result(request).finish_reason != "length":
             raise RuntimeError(f"the prefix was not kept: {request.error or request.finish_reason}")
         return len(request.prompt)
 
     # Getting.
 
-    def result(self, id: int) -> Request:
+    def result(self, request: Request | int) -> Request:
         """Waits until a request has finished, and returns it."""
-        request = self._find(id)
+        request = self._find(request)
         while not request.done:
             self._advance()
         return request
 
-    def stream(self, id: int) -> Iterator[int]:
+    def stream(self, request: Request | int) -> Iterator[int]:
         """Yields the tokens of a request as they come; ``result`` tells how it ended."""
-        request, given = self._find(id), 0
+        return self._stream(self._find(request))
+
+    def _stream(self, request: Request) -> Iterator[int]:
+        given = 0
         while True:
             done = request.done  # asked before the tokens: none comes after it
             while given < len(request.tokens):
@@ -196,9 +233,12 @@ class Engine:
                 return
             self._advance()
 
-    async def astream(self, id: int) -> AsyncIterator[int]:
+    def astream(self, request: Request | int) -> AsyncIterator[int]:
         """``stream`` for an event loop; starts the thread that steps."""
-        request, given = self._find(id), 0
+        return self._astream(self._find(request))
+
+    async def _astream(self, request: Request) -> AsyncIterator[int]:
+        given = 0
         loop, news = asyncio.get_running_loop(), asyncio.Event()
 
         def tell() -> None:
@@ -237,10 +277,11 @@ class Engine:
             ValueError: as for ``add``, before anything runs.
             KeyboardInterrupt: between two steps, so that other requests and the engine go on.
         """
-        if isinstance(prompts, str):
-            raise ValueError("generate takes a list of prompts, and this is one text: put it into a list")
+        prompts = _several(prompts)
         if isinstance(params, SamplingParams) or params is None:
-            params = [params or SamplingParams()] * len(prompts)
+            params = [params] * len(prompts)
+        if not isinstance(params, (list, tuple)):
+            raise ValueError(f"params must be SamplingParams or a list of them, got {checks.shown(params)}")
         if len(params) != len(prompts):
             raise ValueError(f"{len(params)} sampling parameters for {len(prompts)} prompts: give one, or one for each")
         requests = [self._request(prompt, one) for prompt, one in zip(prompts, params, strict=True)]
@@ -287,11 +328,12 @@ class Engine:
                 if launched:
                     self.runner.decode(self._running)
                 self._collect(all_of_them=not launched)
+                self._sweep()
             except BaseException as error:
                 if self._together is None:
                     self._abandon(error)
                 else:
-                    self._end("error", f"{type(error).__name__}: {error}")
+                    self._end("error", _said(error))
                 raise
             finally:
                 self._tell()
@@ -305,7 +347,8 @@ class Engine:
                 self._thread.start()
 
     def close(self) -> None:
-        """Cancels everything and gives memory back. The model stays usable."""
+        """Cancels everything and gives memory back, a model that was loaded by its name too; one that was given stays
+        usable. On a GPU it empties torch's cache of memory, so that others can have it."""
         if self._together is not None and self._thread is not None:
             with self._news:  # the threads of all processes stop at the same step
                 self._closing = True
@@ -320,6 +363,9 @@ class Engine:
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
         with self._stepping:
+            self._reading, self._running = None, [None] * len(self._running)
+            if self._own_model:
+                self.model = self.runner.model = None
             self.runner.close()
 
     def __enter__(self) -> "Engine":
@@ -333,7 +379,8 @@ class Engine:
     def _agree(self) -> bool:
         """Hears what the first process puts into this step. Returns whether there is one."""
         with self._news:
-            self._cancelled = [id for id in self._cancelled if id in self._requests and not self._requests[id].done]
+            known = ((id, self._requests.get(id)) for id in self._cancelled)
+            self._cancelled = [id for id, request in known if request is not None and not request.done]
             own = Step(self._queued, tuple(self._cancelled), self._pressed(), self._closing)
         step = self._together.agree(own)
         with self._news:
@@ -344,19 +391,22 @@ class Engine:
                 )
             self._known, self._told_to_stop = step.known, self._told_to_stop or step.interrupted
             for id in step.cancelled:
-                self._finish(self._find(id), "cancelled")
+                request = self._requests.get(id)
+                if request is not None:  # else it had ended, and nobody held it
+                    self._finish(request, "cancelled")
             if step.closed:
                 self._end("cancelled")
         return not step.closed
 
     def _sweep(self) -> None:
-        """Frees the rows of requests that are over."""
+        """Frees the rows of requests that are over, and lets go of these."""
         if self._reading is not None and self._reading.done:
             self._reading = None
         for row, request in enumerate(self._running):
             if request is not None and request.done:
                 self._running[row] = None
                 self.runner.release(row)
+        self.runner.let_go()
 
     def _read_prompt(self) -> None:
         """A chunk of the prompt that is being read, or of the next one if a row is free for it."""
@@ -371,18 +421,21 @@ class Engine:
             end = min(self._fed + self.runner.chunk, len(request.prompt))
             whole = end == len(request.prompt)
             logits = self.runner.read(self._fed, end, more=not whole or request.is_prefix)
+            self._fed = end
+            if whole:
+                self._reading = None
+                self._place(request, logits)
         except Exception as error:  # one prompt's: the rows of the others were not touched
             if self._together is not None:
                 raise
             logger.exception("request %d failed", request.id)
             self._reading = None
             with self._news:
-                self._finish(request, "error", f"{type(error).__name__}: {error}")
-            return
-        self._fed = end
-        if not whole:
-            return
-        self._reading = None
+                self._finish(request, "error", _said(error))
+            self._sweep()
+
+    def _place(self, request: Request, logits: torch.Tensor | None) -> None:
+        """Gives a request whose prompt was read a row; keeps that of a prefix."""
         if request.is_prefix:
             self.runner.keep(request)
             with self._news:
@@ -423,7 +476,7 @@ class Engine:
         with self._news:
             for request in (self._reading, *self._running):
                 if request is not None:
-                    self._finish(request, "error", f"{type(error).__name__}: {error}")
+                    self._finish(request, "error", _said(error))
         self._reading, self._running = None, [None] * len(self._running)
         self.runner.reset()
 
@@ -458,44 +511,27 @@ class Engine:
             for tell in list(self._listeners):
                 try:
                     tell()
-                except RuntimeError:  # its event loop is gone
+                except Exception as error:  # its event loop is gone: that is not the others' business
+                    logger.info("a listener is dropped: %s", checks.one_line(error))
                     del self._listeners[tell]
 
-    def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
-        ids = self._token_ids(prompt)
-        if not ids:
-            raise ValueError("the prompt is empty: give at least one token")
-        if len(ids) > self.max_prompt_tokens:
-            raise ValueError(
-                f"a prompt of {len(ids):,} tokens, and the limit of this engine is {self.max_prompt_tokens:,} "
-                "(max_prompt_tokens)"
-            )
+    def _request(self, prompt: Prompt, params: SamplingParams | None, is_prefix: bool = False) -> Request:
+        params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"params must be SamplingParams, got {checks.shown(params)}")
+        ids = self._prompts.token_ids(prompt, is_prefix)
         if self.max_tokens and len(ids) + params.max_new_tokens > self.max_tokens:
             raise ValueError(
                 f"policy full keeps every token: {len(ids):,} of the prompt and "
                 f"max_new_tokens={params.max_new_tokens:,} do not fit the budget of {self.max_tokens:,}"
             )
-        if not 0 <= min(ids) <= max(ids) < self.runner.vocabulary:
-            raise ValueError(
-                f"the prompt has tokens outside of 0..{self.runner.vocabulary - 1}, the model's vocabulary"
-            )
+        self._prompts.check_known("stop", params.stop)
         stops = tuple(dict.fromkeys((*params.stop, *(() if params.ignore_eos else self._ends))))
         if len(stops) > MAX_STOPS:
             raise ValueError(f"{len(stops)} stop tokens, those of the model included; at most {MAX_STOPS} are possible")
         seed = random.getrandbits(63) if params.seed is None else (params.seed + 2**63) % 2**64 - 2**63
-        return Request(next(self._ids), ids, params, stops, seed, self.tokenizer)
-
-    def _token_ids(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError("a prompt that is text needs a tokenizer: Engine(..., tokenizer=...), or token ids")
-            return self.tokenizer(prompt)["input_ids"]
-        if isinstance(prompt, int):
-            raise ValueError("a prompt is text or a list of token ids, and this is one number")
-        ids = prompt.flatten().tolist() if isinstance(prompt, torch.Tensor) else list(prompt)
-        if any(isinstance(token, bool) or not isinstance(token, int) for token in ids):
-            raise ValueError("a prompt is text, or whole numbers: token ids")
-        return ids
+        how = {"is_prefix": is_prefix, "engine_ref": weakref.ref(self)}
+        return Request(next(self._ids), ids, params, stops, seed, self.tokenizer, **how)
 
     def _queue(self, requests: list[Request], first: bool = False) -> None:
         with self._news:
@@ -512,10 +548,16 @@ class Engine:
                     self._waiting.append(request)
             self._news.notify_all()
 
-    def _find(self, id: int) -> Request:
-        if id not in self._requests:
-            raise ValueError(f"no request {id}: never added, or finished long ago")
-        return self._requests[id]
+    def _find(self, request: Request | int) -> Request:
+        if isinstance(request, Request):
+            if request.engine_ref() is not self:
+                raise ValueError(f"request {request.id} belongs to another engine")
+            return request
+        id = checks.whole("a request's id", request)
+        found = self._requests.get(id)
+        if found is None:
+            raise ValueError(f"no request {id}: never added, or over and nobody holds its handle, which add returns")
+        return found
 
     def _cancel(self, request: Request) -> None:
         """Ends a request, or sees to it that all processes do in the same step; called with ``_news`` held."""
@@ -538,10 +580,23 @@ class Engine:
         if request.status == "queued" and request in self._waiting:
             self._waiting.remove(request)
         request.finish(reason, error)
-        finished = [one for one in self._requests.values() if one.done] if len(self._requests) > KEPT_RESULTS else []
-        for one in finished[: len(self._requests) - KEPT_RESULTS]:
-            del self._requests[one.id]
         self._news.notify_all()
+
+
+def _several(prompts) -> Sequence:
+    """What ``generate`` is given, if it is a list of prompts."""
+    if isinstance(prompts, str):
+        raise ValueError("generate takes a list of prompts, and this is one text: put it into a list")
+    is_list = isinstance(prompts, Sequence) or getattr(prompts, "ndim", 0) > 1
+    if not is_list or isinstance(prompts, (bytes, bytearray, memoryview)):
+        raise ValueError(f"generate takes a list of prompts, got {checks.shown(prompts)}")
+    if isinstance(next(iter(prompts), None), Mapping):
+        raise ValueError("generate takes a list of prompts, and this is one chat: put it into a list")
+    return prompts
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _has_gates(model) -> bool:
@@ -553,5 +608,9 @@ def _load(name: str, tokenizer):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     place, on_gpu = embedded.resolve(name), torch.cuda.is_available()
-    model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.bfloat16 if on_gpu else torch.float32)
-    return model.to("cuda" if on_gpu else "cpu"), tokenizer or AutoTokenizer.from_pretrained(place)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.bfloat16 if on_gpu else torch.float32)
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(place)
+    except (OSError, ValueError) as error:  # no such folder or repository, or one that is no model
+        raise ValueError(f"cannot load {name}: {checks.one_line(error)}") from error
+    return model.to("cuda" if on_gpu else "cpu"), tokenizer

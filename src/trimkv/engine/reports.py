@@ -12,7 +12,7 @@ class Report:
     """One step's result.
 
     Attributes:
-        requests: whose rows these are, in order; None where a row was free.
+        requests: whose rows these are, in order; None where a row was free, or whose request has ended.
         values: int32 [R, 2], see Rows.report, of which the first len(requests) count. On a GPU pinned memory, to be
             read once ``arrived``.
     """
@@ -54,6 +54,16 @@ class Reports:
                 if request is not None:
                     yield request, token, reason
 
+    def let_go(self) -> None:
+        """Holds no request any more that has ended: nobody waits for what else is said of it."""
+        for report in self.waiting:
+            report.requests = tuple(None if one is None or one.done else one for one in report.requests)
+
     def drop(self) -> None:
         """Forgets what has not been read."""
         self.waiting.clear()
+
+    def close(self) -> None:
+        """Gives memory back."""
+        self.waiting.clear()
+        self.unused.clear()

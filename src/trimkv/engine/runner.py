@@ -16,7 +16,7 @@ from ..hf.calls import with_cache
 from ..hf.lasting import lasting
 from ..ranks import local_nbytes, ranks_of
 from . import batch
-from .graphs import Graphs
+from .graphs import Graphs, give_back
 from .reports import Reports
 from .request import KINDS, Request
 from .rows import Rows
@@ -70,17 +70,26 @@ class Runner:
         self.lag = int(self.on_gpu)  # steps whose results are not waited for
         self.few_sizes = self.on_gpu  # a size is a graph there; on a CPU every row costs
         self.vocabulary = model.config.get_text_config(decoder=True).vocab_size
+        self.compile = compile
+        self.choose_and_advance = kernels(self.device) if self.ranks is None else None
+        self.reports = Reports(rows, self.device)
+        self.kept: OrderedDict[tuple[int, ...], RowSnapshot] = OrderedDict()
+        self.prompt = torch.empty(0, dtype=torch.int64)  # what is in the staging row, or will be
+        self.cache = self.staging = self.rows = self.fused = self.graphs = None
+        try:
+            self._take_memory(policy, budget, fast_start, fused)
+        except BaseException:  # no room, say: whoever catches it may try a smaller one
+            self.close()
+            raise
+
+    def _take_memory(self, policy: Policy, budget: Budget, fast_start: bool, fused: bool | None) -> None:
+        model, rows, chunk = self.model, self.num_rows, self.chunk
         self.cache = bounded_cache(model, policy, budget, chunk, rows=rows)
         fixed = self.on_gpu if self.fixed_chunks is None else self.fixed_chunks
         kind = FixedStaging if fixed and not policy.observes else Staging
         self.staging = kind(model, policy, budget, chunk, self.cache)
         self.rows = Rows.empty(rows, self.vocabulary, self.device)
-        self.choose_and_advance = kernels(self.device) if self.ranks is None else None
-        self.reports = Reports(rows, self.device)
-        self.kept: OrderedDict[tuple[int, ...], RowSnapshot] = OrderedDict()
-        self.prompt = torch.empty(0, dtype=torch.int64)  # what is in the staging row, or will be
-        self.compile, self.fused = compile, self._fused(fused)
-        self.graphs: Graphs | None = None
+        self.fused = self._fused(fused)
         if self.on_gpu:
             self._warm_up()
             self._replay(torch.cuda.graph_pool_handle())
@@ -195,6 +204,10 @@ class Runner:
         """Frees a row. What it held stays until the next request takes its place, slot by slot."""
         self.rows.active[row].fill_(False)
 
+    def let_go(self) -> None:
+        """Holds no request any more that has ended."""
+        self.reports.let_go()
+
     @torch.no_grad()
     def reset(self) -> None:
         """After a step that broke off: every row is free and as new. Kept prefixes stay."""
@@ -270,8 +283,14 @@ class Runner:
 
     def close(self) -> None:
         """Gives memory back; the model stays usable."""
-        self.graphs = None
+        self.graphs = self.fused = self.choose_and_advance = None
+        self.reports.close()
         self.kept.clear()
         if self.staging is not None:
             self.staging.close()
+        if self.cache is not None:
+            batch.take_apart(self.cache)
         self.cache = self.staging = self.rows = None
+        self.prompt = torch.empty(0, dtype=torch.int64)
+        if self.on_gpu:
+            give_back()

@@ -8,6 +8,7 @@ from ..cache.build import bounded_cache
 from ..cache.policies import Policy
 from ..hf.calls import with_cache
 from ..hf.model import decoder_of
+from .batch import take_apart
 from .graphs import Graphs
 
 
@@ -86,6 +87,8 @@ class Staging:
         return self.cache.nbytes
 
     def close(self) -> None:
+        """Gives memory back."""
+        take_apart(self.cache)
         self.cache = self.target = None
 
 
@@ -199,5 +202,5 @@ class FixedStaging(Staging):
         self.logits.copy_(logits)
 
     def close(self):
-        super().close()
         self.graphs = None
+        super().close()
