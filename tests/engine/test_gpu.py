@@ -1,5 +1,7 @@
 """The same promises on a GPU, from graphs, and no waiting for a decode step."""
 
+import gc
+
 import pytest
 import torch
 
@@ -162,3 +164,62 @@ def test_compiled_parts_say_the_same():
     with Engine(model, "trimkv", BUDGET, rows=4, chunk=CHUNK, compile=True) as engine:
         found = engine.generate([prompt(p) for p, _ in LENGTHS], [long(n) for _, n in LENGTHS], progress=False)
     assert [request.tokens for request in found] == [alone(model, "trimkv", prompt(p), n) for p, n in LENGTHS]
+
+
+def device_memory(model) -> tuple[int, int]:
+    """Bytes (allocated, reserved) by torch, with what a plain forward of the model leaves behind for the next one: the
+    workspace that cuBLAS gets on the current stream."""
+    with torch.no_grad():
+        model(torch.tensor([prompt(64)], device="cuda"), use_cache=False)
+    torch.cuda.synchronize()
+    gc.collect()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+
+
+def serve(engine, driven: bool) -> None:
+    """Many rows and one, drawn tokens, a kept prefix; some requests are cut off by the end."""
+    if driven:
+        engine.start()
+    engine.prefix(prompt(200))
+    params = [long(n, temperature=0.8 * (i % 2), top_k=5, seed=i) for i, (_, n) in enumerate(LENGTHS)]
+    found = engine.generate([prompt(p) for p, _ in LENGTHS], params, progress=False)
+    found.append(engine.add(prompt(200) + prompt(9), long(8)).result())
+    assert all(request.finish_reason == "length" for request in found)
+    left = [engine.add(prompt(p), long(400)) for p, _ in LENGTHS]
+    next(iter(left[0]))
+
+
+@pytest.mark.parametrize(
+    "policy, options",
+    [("trimkv", {}), ("trimkv", {"fused": False}), ("h2o", {}), ("streaming_llm", {"fast_start": True})],
+)
+def test_the_device_has_its_memory_back_after_closing(policy, options):
+    """Slots, graphs and their pool, what is staged, workspaces of the streams that were captured: with requests served,
+    in the caller's thread and in the engine's, and requests left. A second engine finds what the first one found.
+
+    Libraries' workspaces are warm in all measurements alike: those that are there at the start are dropped, and each
+    measurement begins with a plain forward, so that it holds one workspace, of the stream that the caller works on.
+    """
+    sizes = {"vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1536, "head_dim": 64}
+    model = tiny.gated("qwen3", gain=1.0, num_hidden_layers=8, num_attention_heads=8, **sizes)
+    model.to("cuda", torch.bfloat16)
+    assert sum(p.nbytes for p in model.parameters()) > 40e6
+    Engine(model, policy, 64, rows=1, chunk=64, fast_start=True).close()  # hooks, and kernels that are loaded for good
+    gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()
+    seen = {"before": device_memory(model)}
+    for driven in (False, True):
+        name = "in the engine's thread" if driven else "in the caller's thread"
+        with Engine(model, policy, 256, rows=8, chunk=64, prefixes=2, **options) as engine:
+            serve(engine, driven)
+            seen[f"open, stepped {name}"] = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+        del engine
+        seen[f"closed, stepped {name}"] = device_memory(model)
+    graphs = sum(issubclass(type(one), torch.cuda.CUDAGraph) for one in gc.get_objects())
+    numbers = {when: tuple(f"{size / 1e6:.3f} MB" for size in sizes) for when, sizes in seen.items()}
+    story = f"(allocated, reserved): {numbers}; {graphs} graphs are left in this process"
+    before, first, first_closed, second, second_closed = seen.values()
+    assert first[0] > before[0] + 10e6 and second[0] > before[0] + 10e6, f"the engine took nothing? {story}"
+    assert first_closed[0] <= before[0] and first_closed[1] <= before[1] + 2**21, f"not given back {story}"
+    assert second_closed[0] <= before[0] and second_closed[1] <= before[1] + 2**21, f"it grows with engines {story}"

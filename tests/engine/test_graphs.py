@@ -1,6 +1,7 @@
 """Capturing a step must not disturb the requests that run meanwhile. A stand-in for CUDA's graphs runs the step."""
 
 import contextlib
+import weakref
 
 import pytest
 import torch
@@ -9,10 +10,12 @@ import interpreter
 import tiny
 import trimkv
 from alone import BUDGET, CHUNK, alone, long, prompt
+from held import no_more_than_before
 from trimkv import Engine
 from trimkv.budget import Budget
 from trimkv.cache import fused
 from trimkv.cache.policies import make as make_policy
+from trimkv.engine import graphs
 from trimkv.engine.request import DRAWN, GREEDY, KINDS
 from trimkv.engine.runner import Runner
 from trimkv.engine.staging import FixedStaging, Staging
@@ -241,6 +244,40 @@ def test_all_graphs_are_captured_at_the_start_unless_told_otherwise(engine):
     assert len(engine.runner.graphs.captured) == 4 * len(KINDS)
     found = engine.generate([prompt(9), prompt(40)], long(12), progress=False)
     assert [request.tokens for request in found] == [alone(engine.model, "trimkv", prompt(p), 12) for p in (9, 40)]
+
+
+@pytest.mark.parametrize("policy, fused", [("trimkv", False), ("trimkv", True), ("h2o", False)])
+def test_nothing_is_left_of_graphs_after_closing(monkeypatch, policy, fused):
+    """What they call belongs to the engine, which holds them."""
+    engine = make(monkeypatch, policy)
+    model = engine.model
+    engine.close()
+    monkeypatch.setattr(tiny, "gated", lambda name: model)
+    with no_more_than_before():
+        with make(monkeypatch, policy, fused=fused) as engine:
+            engine.runner._capture()
+            graph = weakref.ref(next(iter(engine.runner.graphs.captured.values())))
+            engine.prefix(prompt(40))
+            engine.generate([prompt(9), prompt(40) + prompt(5)], long(6), progress=False)
+    assert graph() is None
+
+
+def test_workspaces_are_taken_back_unless_another_graph_has_their_addresses(monkeypatch):
+    """A replay of somebody else's graph would write where other tensors are by then."""
+
+    class SomeGraph:
+        pass
+
+    cleared = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", SomeGraph)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: cleared.append("cache"))
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: cleared.append("workspaces"), raising=False)
+    other = SomeGraph()
+    graphs.give_back()
+    assert cleared == ["cache"] and other
+    del other
+    graphs.give_back()
+    assert cleared == ["cache", "workspaces", "cache"]
 
 
 def test_parts_are_compiled_in_graphs_and_nowhere_else(monkeypatch):

@@ -1,11 +1,13 @@
 """Many requests on one model, in memory that is fixed at the start."""
 
 import asyncio
+import gc
 import itertools
 import logging
 import os
 import random
 import threading
+import traceback
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -367,6 +369,8 @@ class Engine:
             if self._own_model:
                 self.model = self.runner.model = None
             self.runner.close()
+            if self._own_model:
+                gc.collect()  # hooks of a model hold it
 
     def __enter__(self) -> "Engine":
         return self
@@ -428,7 +432,7 @@ class Engine:
         except Exception as error:  # one prompt's: the rows of the others were not touched
             if self._together is not None:
                 raise
-            logger.exception("request %d failed", request.id)
+            _log("request %d failed", error, request.id)
             self._reading = None
             with self._news:
                 self._finish(request, "error", _said(error))
@@ -496,10 +500,10 @@ class Engine:
         while not self._closed:
             try:
                 busy = self.step()
-            except Exception:
+            except Exception as error:
                 if self._closed:
                     return
-                logger.exception("a step failed, and with it the requests that were running")
+                _log("a step failed, and with it the requests that were running", error)
                 continue
             if not busy:
                 with self._news:
@@ -593,6 +597,11 @@ def _several(prompts) -> Sequence:
     if isinstance(next(iter(prompts), None), Mapping):
         raise ValueError("generate takes a list of prompts, and this is one chat: put it into a list")
     return prompts
+
+
+def _log(message: str, error: Exception, *values) -> None:
+    """Logs an error with its traceback as text: a log that kept the traceback itself would keep tensors."""
+    logger.error(message + "\n%s", *values, "".join(traceback.format_exception(error)).rstrip())
 
 
 def _said(error: BaseException) -> str:
