@@ -273,13 +273,14 @@ def test_a_lone_surrogate_is_a_text_that_the_tokenizer_refuses():
         one_line(error)
 
 
+EXTREMES = [2**31, 2**63, 2**64, 10**30, 10**4000, -1, NAN, INF, -INF, 1e-320, 1e-60, 1e60, 1e300]
+NUMBERS = st.sampled_from(EXTREMES) | st.integers() | st.floats()
 ANYTHING = st.recursive(
     st.none()
     | st.booleans()
-    | st.integers()
+    | NUMBERS
     | st.integers(-3, 130)
-    | st.sampled_from([2**31, 2**63, 2**64, 10**30, 10**4000, NAN, INF, -INF, 1e-320, object(), Broken(), range(10**9)])
-    | st.floats()
+    | st.sampled_from([object(), Broken(), range(10**9)])
     | st.text(max_size=3)
     | st.binary(max_size=3)
     | st.lists(st.integers(0, 127), min_size=1, max_size=12)
@@ -308,12 +309,13 @@ def small():
         yield engine, alone(model, "streaming_llm", prompt(9), 6, chunk=16)
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     st.one_of(st.lists(st.integers(0, 127), min_size=1, max_size=12), ANYTHING),
     st.one_of(
+        st.tuples(st.sampled_from(FIELDS), NUMBERS).map(lambda one: dict([one])),
+        st.tuples(st.sampled_from(FIELDS), ANYTHING).map(lambda one: dict([one])),
         st.dictionaries(st.sampled_from(FIELDS), ANYTHING, max_size=3),
-        st.fixed_dictionaries({}, optional={name: ANYTHING for name in FIELDS}),
     ),
     st.one_of(st.none(), ANYTHING),
 )
@@ -323,22 +325,40 @@ def test_nothing_that_one_request_brings_ends_another(small, asked, options, par
     engine, expected = small
     running = engine.add(prompt(9), long(6))
     engine.step(), engine.step(), engine.step()
-    mine = []
-    for call in (
-        lambda: engine.add(asked, SamplingParams(**options)),
-        lambda: engine.add(asked, params),
-        lambda: engine.add([5], SamplingParams(**options)),
-        lambda: engine.cancel(asked),
-        lambda: engine.stream(asked),
-    ):
-        try:
-            mine.append(call())
-        except ValueError as error:
-            assert "\n" not in str(error) and str(error)
-    mine = [one for one in mine if hasattr(one, "finish_reason")]
+    mine = [
+        served_or_refused(lambda: engine.add(asked, SamplingParams(**options))),
+        served_or_refused(lambda: engine.add(asked, params)),
+        served_or_refused(lambda: engine.add([5], SamplingParams(**options))),
+    ]
+    served_or_refused(lambda: engine.cancel(asked))
+    served_or_refused(lambda: engine.stream(asked))
     assert running.result().tokens == expected
-    while engine.busy and any(len(one.tokens) < 3 and not one.done for one in mine):
+    end_well(engine, mine)
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_no_extreme_number_ends_a_request(small, name):
+    engine, expected = small
+    for value in EXTREMES:
+        running = engine.add(prompt(9), long(6))
+        engine.step(), engine.step(), engine.step()
+        mine = served_or_refused(lambda value=value: engine.add([5], SamplingParams(**{"temperature": 1, name: value})))
+        assert running.result().tokens == expected, (name, value)
+        end_well(engine, [mine])
+
+
+def served_or_refused(call):
+    try:
+        return call()
+    except ValueError as error:
+        assert str(error) and "\n" not in str(error)
+
+
+def end_well(engine, requests) -> None:
+    """Each makes three tokens, or all that it asks for."""
+    requests = [one for one in requests if one is not None]
+    while any(len(one.tokens) < 3 and not one.done for one in requests):
         engine.step()
-    for one in mine:
+    for one in requests:
         one.cancel()
         assert one.finish_reason in ("length", "stop", "cancelled"), one
