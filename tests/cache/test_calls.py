@@ -15,6 +15,8 @@ from tiny import generate
 from trimkv.hf.calls import with_cache
 from trimkv.hf.model import decoder_of
 
+pytestmark = pytest.mark.smoke
+
 POLICIES = [
     "streaming_llm",
     "trimkv",

@@ -8,6 +8,8 @@ import trimkv
 from tiny import gated, generate
 from trimkv.cache.layers import BoundedLayer
 
+pytestmark = pytest.mark.smoke
+
 MODELS = ("qwen3", "gemma3_text")
 
 

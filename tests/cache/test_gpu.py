@@ -53,7 +53,7 @@ def test_a_decode_step_never_waits_for_the_device(policy, buffer, padded):
         mask[0, :9] = 0
     trimkv.prefill(model, cache, ids, mask)
     token = ids[:, :1].contiguous()
-    masks = [torch.ones(2, 40 + t, dtype=torch.long).cuda() for t in range(1, 102)]
+    masks = [torch.cat([mask, mask.new_ones(2, t)], 1) for t in range(1, 102)]
     positions = [(m.cumsum(-1)[:, -1:] - 1) for m in masks]
     for step in range(101):
         torch.cuda.set_sync_debug_mode("error" if step else "default")

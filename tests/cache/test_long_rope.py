@@ -8,6 +8,8 @@ import tiny
 import trimkv
 from trimkv.cache.rope import rotate
 
+pytestmark = pytest.mark.smoke
+
 ORIGINAL = 32
 SHORT = [1.0, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6]
 LONG = [1.0, 1.5, 2.0, 3.0, 5.0, 8.0, 12.0, 16.0]

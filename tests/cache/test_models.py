@@ -8,6 +8,8 @@ import trimkv
 from tiny import gated, generate
 from trimkv.gates.attach import new_gates
 
+pytestmark = pytest.mark.smoke
+
 
 @pytest.mark.parametrize("name", tiny.MODELS)
 def test_a_budget_as_large_as_the_text_changes_nothing(name):

@@ -11,6 +11,8 @@ from trimkv.gates.attach import new_gates
 from trimkv.hf.calls import with_cache
 from trimkv.hf.model import decoder_of
 
+pytestmark = pytest.mark.smoke
+
 TEXT = {**BASE, "head_dim": 16}
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
 VISION = {

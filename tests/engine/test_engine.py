@@ -13,6 +13,8 @@ from trimkv.cache import fused
 from trimkv.cache.policies import POLICIES, make
 from trimkv.engine.runner import Runner
 
+pytestmark = pytest.mark.smoke
+
 LENGTHS = ((5, 30), (40, 12), (17, 25), (90, 8), (3, 40), (61, 20), (8, 1), (16, 33))  # prompt, output
 FIXED = [name for name, cls in POLICIES.items() if not cls.grows and not cls.selects]
 # Their scores of a token that recurs differ by nothing but rounding, and a batch rounds otherwise than a single row.

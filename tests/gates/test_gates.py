@@ -12,6 +12,8 @@ from trimkv.gates.attach import new_gates
 from trimkv.gates.files import META, WEIGHTS, collect
 from trimkv.gates.gate import RetentionGate, output_bias
 
+pytestmark = pytest.mark.smoke
+
 PARAMETERS = {
     "rg": ["bias", "linear1.bias", "linear1.weight", "linear2.weight"],
     "rg2": ["bias", "linear1.bias", "linear1.weight", "linear2.weight"],

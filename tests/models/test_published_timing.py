@@ -12,6 +12,8 @@ from trimkv.models.llama import TrimKVLlamaForCausalLM
 from trimkv.models.phi3 import TrimKVPhi3ForCausalLM
 from trimkv.models.qwen3 import TrimKVQwen3ForCausalLM
 
+pytestmark = pytest.mark.smoke
+
 CLASSES = {"qwen3": TrimKVQwen3ForCausalLM, "llama": TrimKVLlamaForCausalLM, "phi3": TrimKVPhi3ForCausalLM}
 M, W = 16, 4
 

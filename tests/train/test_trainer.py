@@ -13,6 +13,8 @@ from trimkv.train.config import GateConfig
 from trimkv.train.student import Student
 from trimkv.train.trainer import train
 
+pytestmark = pytest.mark.smoke
+
 CONTEXT = 24
 
 
