@@ -10,7 +10,10 @@ def storages() -> dict[int, int]:
     """Address -> bytes of the memory of all tensors that Python knows."""
     found = {}
     for one in gc.get_objects():
-        if issubclass(type(one), torch.Tensor) and one.device.type == "cpu" and one.layout == torch.strided:
+        # A FakeTensor is a compiler's stand-in, which has no memory.
+        if not issubclass(type(one), torch.Tensor) or issubclass(type(one), torch._subclasses.FakeTensor):
+            continue
+        if one.device.type == "cpu" and one.layout == torch.strided:
             storage = one.untyped_storage()
             found[storage.data_ptr()] = storage.nbytes()
     found.pop(0, None)  # of tensors without elements

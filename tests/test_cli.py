@@ -11,10 +11,10 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from httpx import Request, Response
 from huggingface_hub.errors import RepositoryNotFoundError
 from transformers import AutoModelForCausalLM
 
@@ -400,7 +400,7 @@ class TestWhatAUserCanMend:
         [
             (OSError("Name or service not known"), "cannot be reached (Name or service not known)"),
             (
-                RepositoryNotFoundError("404", response=Response(404, request=Request("GET", "https://hub"))),
+                RepositoryNotFoundError("404", response=SimpleNamespace(status_code=404, headers={}, request=None)),
                 "no such model on the Hugging Face hub",
             ),
         ],

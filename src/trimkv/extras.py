@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent
-EXTRAS = {"train": ("accelerate>=1.2", "datasets>=3"), "viz": ("matplotlib>=3.9",)}  # as in pyproject.toml
+EXTRAS = {"train": ("accelerate>=1.10", "datasets>=3"), "viz": ("matplotlib>=3.9",)}  # as in pyproject.toml
 
 
 def install_extra(extra: str) -> str:

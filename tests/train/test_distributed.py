@@ -55,8 +55,9 @@ def test_the_command_line_in_two_processes(tmp_path, capsys):
     ]
     common = [str(part) for part in [*common, "--batch-size", 2, "--learning-rate", 0.05, "--json"]]
     out, err = start([*LAUNCH, "2", "-m", "trimkv", *common, "--output", str(tmp_path / "two")])
-    assert len(out.strip().splitlines()) == 1, "the first process alone reports"
-    found = json.loads(out)
+    reported = [line for line in out.splitlines() if line.startswith("{")]  # torch 2.9 prints lines of its own
+    assert len(reported) == 1 and out.strip().endswith(reported[0]), "the first process alone reports"
+    found = json.loads(reported[0])
     assert found["steps"] == 6 and found["tokens"] == 6 * 2 * 2 * 64
     assert run([*common, "--accumulation", "2", "--output", str(tmp_path / "one")]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["tokens"] == found["tokens"]
