@@ -6,10 +6,10 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 PYTEST_ARGS ?= -q
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-newest test-oldest gpu-test check clean
+.PHONY: help demo test test-newest test-oldest architectures gpu-test check clean
 
 help:  ## list the verbs
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.trimkv-base  ## install, fetch the default model and answer a question with 256 KV slots
 	$(BIN)/trimkv generate --model smollm2 --prompt-file examples/demo_prompt.txt --budget 256 --max-new-tokens 96 2>&1
@@ -27,6 +27,11 @@ define smoke
 	$(1)/trimkv generate --prompt-file examples/demo_prompt.txt --budget 256 --max-new-tokens 32 2>&1
 	$(1)/python -m pytest -m "smoke and not gpu" $(PYTEST_ARGS) --numprocesses auto --maxprocesses 8 --dist worksteal
 endef
+
+architectures: $(VENV)/.trimkv-test $(VENV)-newest/.installed  ## check every architecture, and write docs/architectures.md
+	$(BIN)/python tests/architectures.py --save $(VENV)/architectures.json
+	$(VENV)-newest/bin/python tests/architectures.py --save $(VENV)-newest/architectures.json
+	$(BIN)/python tests/architectures.py --page $(VENV)/architectures.json $(VENV)-newest/architectures.json > docs/architectures.md
 
 gpu-test:  ## run the tests marked gpu with $(PYTHON) as it is: nothing is installed
 	PYTHONPATH=src $(PYTHON) -m pytest -m gpu $(PYTEST_ARGS)

@@ -1,18 +1,21 @@
 """Every causal language model class of transformers, tiny and random, over slots: what works, what is refused and why.
 
-    python tests/architectures.py --output docs/architectures.md      # all: about five minutes on 2 cores
-    python tests/architectures.py llama gpt2 opt                      # some, to the terminal
+    python tests/architectures.py                      # all: about five minutes
+    python tests/architectures.py llama gpt2 opt       # some
+    make architectures                                 # all with two releases of transformers, and docs/architectures.md
 
 A model works if its text is that of the stock cache and its logits agree, with a budget above the length: prompts in
 one chunk and in several, batches with left padding, and policy trimkv with random gates.
 """
 
 import argparse
+import json
 import logging
 import sys
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import transformers
@@ -76,6 +79,8 @@ ALSO = {
     **dict.fromkeys(
         "rembert roberta roberta-prelayernorm roc_bert roformer xlm-roberta xlm-roberta-xl".split(), DECODER
     ),
+    "blt": {"encoder_hash_byte_group_vocab": 64, "encoder_hash_byte_group_nb_functions": 1},
+    "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"] * 2},
     "bamba": {"attn_layer_indices": [1, 3]},
     "cohere_compass_text": {"rope_parameters": None},
     "dbrx": {
@@ -104,6 +109,7 @@ ALSO = {
     "zaya": {"num_experts_per_tok": 1},
 }
 LARGEST = 60_000_000  # parameters
+KINDS = ("works", "refused", "differs", "not built")
 
 
 @dataclass
@@ -250,44 +256,69 @@ def _line(error: Exception) -> str:
     return text if len(text) < 160 else text[:157] + "..."
 
 
-def table(verdicts: list[Verdict]) -> str:
-    """The page of the documentation."""
-    by_kind = {kind: [v for v in verdicts if v.kind == kind] for kind in ("works", "refused", "differs", "not built")}
-    counts = ", ".join(f"{len(found)} {kind}" for kind, found in by_kind.items())
+def page(results: list[dict]) -> str:
+    """The page of the documentation.
+
+    Args:
+        results: what ``--save`` has written, one for each release of transformers, oldest first.
+    """
+    releases = [result["transformers"] for result in results]
+    found = [{one["model_type"]: Verdict(**one) for one in result["verdicts"]} for result in results]
+    names = sorted(set().union(*found))
     lines = [
         "# Architectures",
         "",
-        f"Every causal language model class of transformers {transformers.__version__}, tiny and random: {counts}.",
-        "A model works if text and logits are those of the stock cache, with more budget than tokens: in one chunk and",
-        "in several, with left padding, with retention gates. `engine` says whether a static cache, which `Engine`",
-        "needs, can be made. `python tests/architectures.py --output docs/architectures.md` makes this page.",
+        "Every causal language model class of transformers, tiny and random, over slots. A model **works** if its text and",
+        "logits are those of the stock cache with more budget than tokens: in one chunk, in several, with left padding and",
+        "with retention gates. It is **refused** in one line when the cache is made, with the reason given here.",
+        "**engine** says that a static cache can be made too, which `Engine` and CUDA graphs need. Models with sliding",
+        "windows or linear attention have slots in their full-attention layers only.",
         "",
-        "| model type | class | layers with slots | engine | note |",
-        "|---|---|---|---|---|",
+        "`make architectures` makes this page: `tests/architectures.py` in an environment with the tested releases and in",
+        "one with the newest.",
+        "",
+        "| transformers | " + " | ".join(KINDS) + " |",
+        "|---|" + "---|" * len(KINDS),
     ]
-    for v in by_kind["works"]:
-        lines.append(f"| {v.model_type} | {v.name} | {v.slots} | {'yes' if v.engine else 'no'} | {v.reason} |")
-    for kind, title in (("refused", "Refused, in one line, when the cache is made"), ("differs", "Differs")):
-        if by_kind[kind]:
-            lines += ["", f"## {title}", "", "| model type | class | it |", "|---|---|---|"]
-            lines += [f"| {v.model_type} | {v.name} | {v.reason} |" for v in by_kind[kind]]
-    if by_kind["not built"]:
-        lines += [
-            "",
-            "## Not checked",
-            "",
-            "No tiny model of these could be made to generate text, by transformers itself:",
-            "",
-        ]
-        lines += [f"- {v.model_type} ({v.name}): {v.reason}" for v in by_kind["not built"]]
+    for release, verdicts in zip(releases, found, strict=True):
+        counts = (str(sum(v.kind == kind for v in verdicts.values())) for kind in KINDS)
+        lines.append(f"| {release} | {' | '.join(counts)} |")
+    heads = " | ".join(releases)
+    lines += [
+        "",
+        f"| model type | class | {heads} | layers with slots | note |",
+        "|---|---|" + "---|" * (len(found) + 2),
+    ]
+    for name in names:
+        known = [verdicts.get(name) for verdicts in found]
+        last = next(v for v in reversed(known) if v is not None)
+        if not any(v is not None and v.kind in ("works", "differs") for v in known):
+            continue
+        cells = ("" if v is None else "works, engine" if v.engine else v.kind for v in known)
+        notes = dict.fromkeys(v.reason for v in known if v is not None and v.reason)
+        lines.append(f"| {name} | {last.name} | {' | '.join(cells)} | {last.slots} | {'; '.join(notes)} |")
+    for kind, title in (("refused", "Refused"), ("not built", "Not checked")):
+        lines += ["", f"## {title}", ""]
+        if kind == "not built":
+            lines += ["transformers could not generate text with the tiny model that the script makes of these.", ""]
+        for name in names:
+            known = [verdicts.get(name) for verdicts in found]
+            if all(v is None or v.kind not in ("works", "differs") for v in known):
+                last = next(v for v in reversed(known) if v is not None)
+                if last.kind == kind:
+                    lines.append(f"- {name} ({last.name}): {'it ' if kind == 'refused' else ''}{last.reason}")
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("types", nargs="*", help="model types  [default: all]")
-    parser.add_argument("--output", help="write the table to this file")
+    parser.add_argument("--save", type=Path, metavar="FILE.json", help="write what was found")
+    parser.add_argument("--page", type=Path, nargs="+", metavar="FILE.json", help="print the page of saved results")
     args = parser.parse_args()
+    if args.page:
+        print(page([json.loads(path.read_text()) for path in args.page]), end="")
+        return
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     logging.disable(logging.WARNING)
@@ -299,9 +330,9 @@ def main() -> None:
         v = verdicts[-1]
         seconds = time.perf_counter() - begin
         print(f"{v.model_type:24} {v.kind:10} {v.slots:8} {v.reason}  ({seconds:.1f} s)", flush=True)
-    if args.output:
-        with open(args.output, "w", encoding="utf-8") as file:
-            file.write(table(verdicts))
+    if args.save:
+        found = {"transformers": transformers.__version__, "verdicts": [asdict(v) for v in verdicts]}
+        args.save.write_text(json.dumps(found, indent=1) + "\n")
     sys.exit(any(v.kind == "differs" for v in verdicts))
 
 
