@@ -2,7 +2,7 @@
 
     python tests/architectures.py                      # all: about five minutes
     python tests/architectures.py llama gpt2 opt       # some
-    make architectures                                 # all with two releases of transformers, and docs/architectures.md
+    make architectures                                 # all, with two releases, and docs/architectures.md
 
 A model works if its text is that of the stock cache and its logits agree, with a budget above the length: prompts in
 one chunk and in several, batches with left padding, and policy trimkv with random gates.
@@ -79,7 +79,6 @@ ALSO = {
     **dict.fromkeys(
         "rembert roberta roberta-prelayernorm roc_bert roformer xlm-roberta xlm-roberta-xl".split(), DECODER
     ),
-    "blt": {"encoder_hash_byte_group_vocab": 64, "encoder_hash_byte_group_nb_functions": 1},
     "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"] * 2},
     "bamba": {"attn_layer_indices": [1, 3]},
     "cohere_compass_text": {"rope_parameters": None},
@@ -142,7 +141,7 @@ def tiny_config(model_type: str, cls=None):
     parts = [name for name in getattr(cls, "sub_configs", None) or {} if name in known]
     if parts:
         whole = cls()
-        for name in parts:
+        for name in (name for name in parts if name not in values):
             part = getattr(whole, name, None)
             if hasattr(part, "__dataclass_fields__"):
                 values[name] = tiny_config(part.model_type, type(part))
@@ -268,14 +267,14 @@ def page(results: list[dict]) -> str:
     lines = [
         "# Architectures",
         "",
-        "Every causal language model class of transformers, tiny and random, over slots. A model **works** if its text and",
-        "logits are those of the stock cache with more budget than tokens: in one chunk, in several, with left padding and",
-        "with retention gates. It is **refused** in one line when the cache is made, with the reason given here.",
+        "Every causal language model class of transformers, tiny and random, over slots. A model **works** if its text",
+        "and logits are those of the stock cache with more budget than tokens: in one chunk, in several, with left",
+        "padding and with retention gates. It is **refused** in one line when the cache is made; the reasons are below.",
         "**engine** says that a static cache can be made too, which `Engine` and CUDA graphs need. Models with sliding",
         "windows or linear attention have slots in their full-attention layers only.",
         "",
-        "`make architectures` makes this page: `tests/architectures.py` in an environment with the tested releases and in",
-        "one with the newest.",
+        "`make architectures` makes this page: `tests/architectures.py` in an environment with the tested releases and",
+        "in one with the newest.",
         "",
         "| transformers | " + " | ".join(KINDS) + " |",
         "|---|" + "---|" * len(KINDS),

@@ -118,7 +118,7 @@ def why_unserved(model) -> str | None:
         return "computes its attention in its own code, without transformers' AttentionInterface"
     missing = [i for i in full if i not in modules]
     if missing:
-        return f"computes the attention of layers {numbers(missing)} without transformers' AttentionInterface"
+        return f"has no causal self-attention by transformers' AttentionInterface in layers {numbers(missing)}"
     return None
 
 
