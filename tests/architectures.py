@@ -269,7 +269,7 @@ def page(results: list[dict]) -> str:
         "",
         "Every causal language model class of transformers, tiny and random, over slots. A model **works** if its text",
         "and logits are those of the stock cache with more budget than tokens: in one chunk, in several, with left",
-        "padding and with retention gates. It is **refused** in one line when the cache is made; the reasons are below.",
+        "padding and with retention gates. It is **refused** in one line when the cache is made; reasons are below.",
         "**engine** says that a static cache can be made too, which `Engine` and CUDA graphs need. Models with sliding",
         "windows or linear attention have slots in their full-attention layers only.",
         "",
