@@ -61,7 +61,8 @@ def trimkv_attention(
         s_aux = s_aux.to_local()
     layer = getattr(key, "trimkv_layer", None)
     if layer is not None:
-        _check_plain(module, attention_mask, query.shape[2], kwargs)
+        if kwargs.get("position_bias") is not None:
+            raise ValueError(f"{type(module).__name__} adds a bias to its attention; slots can't serve that")
         out = layer.attend(module, query, key, value, scaling, softcap, s_aux)
         return out.transpose(1, 2).contiguous(), None
     if softcap is None and s_aux is None:
@@ -72,27 +73,6 @@ def trimkv_attention(
     elif mask is not None and mask.dtype != torch.bool:
         mask = mask == 0  # a caller's additive mask
     return slots.attend(query, key, value, mask, scaling, softcap, s_aux).transpose(1, 2).contiguous(), None
-
-
-def _check_plain(module, mask: torch.Tensor | None, num_new: int, options: dict) -> None:
-    """Refuses what the rule of positions can't give: later tokens that are seen, as within an image, and biases.
-
-    A mask is looked at once, whatever the number of layers that get it; on a GPU this waits for the device.
-
-    Args:
-        mask: as the model has made it, [B, 1 or Q, T, S], bool (True = may attend) or additive; None = causal.
-    """
-    if options.get("position_bias") is not None:
-        raise ValueError(f"{type(module).__name__} adds a bias to its attention; slots can't serve that")
-    if mask is None or num_new == 1 or getattr(mask, "trimkv_checked", False) or mask.ndim != 4:
-        return
-    own = mask[:, :, -num_new:, -num_new:]
-    if bool((own if own.dtype == torch.bool else own == 0).triu(1).any()):
-        raise ValueError(
-            f"{type(module).__name__} lets tokens attend to later ones, as within an image, and slots serve causal "
-            "attention alone: give it text, or use the stock cache"
-        )
-    mask.trimkv_checked = True
 
 
 @contextmanager

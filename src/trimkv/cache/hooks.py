@@ -14,7 +14,7 @@ from ..attention.register import NAME, register
 from ..hf.calls import cache_in
 from ..hf.model import causal_model_of, decoder_of
 from .bounded import BoundedCache
-from .masks import check_past, real_tokens
+from .masks import check_causal, check_past, real_tokens
 from .rope import follow_long_rope
 
 _installing = threading.Lock()
@@ -98,6 +98,7 @@ def _before_decoder(decoder, args, kwargs):
         raise ValueError(f"this cache is static, for {len(cache.seen)} rows, and got {rows}")
     mask, outer, cache.given_mask = kwargs.get("attention_mask"), cache.given_mask, None
     if isinstance(mask, dict) or (mask is not None and mask.ndim != 2 and outer is not None):
+        check_causal(mask, num_new)
         mask = outer
     check_past(mask, num_new, cache)
     cache.stage_padding(real_tokens(mask, num_new, cache))

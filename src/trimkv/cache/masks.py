@@ -26,6 +26,30 @@ def real_tokens(mask: torch.Tensor | None, num_new: int, cache) -> torch.Tensor 
     return real if real.shape[0] > 1 or cache.padded else None
 
 
+def check_causal(mask, num_new: int) -> None:
+    """Refuses masks that let a new token attend to a later one, as a multimodal model makes them for an image.
+
+    On a GPU this waits for the device. It is for masks that come from around the decoder: those that a decoder makes
+    are causal.
+
+    Args:
+        mask: [B, 1 or Q, T, S], bool (True = may attend) or additive; or a dictionary of such masks by kind of layer.
+
+    Raises:
+        ValueError: such a mask.
+    """
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention")
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 4 or num_new == 1:
+        return
+    own = mask[:, :, -num_new:, -num_new:]
+    if bool((own if own.dtype == torch.bool else own == 0).triu(1).any()):
+        raise ValueError(
+            "this model lets tokens attend to later ones, as within an image, and slots serve causal attention alone: "
+            "give it text, or use the stock cache"
+        )
+
+
 def check_past(mask: torch.Tensor | None, num_new: int, cache) -> None:
     """Refuses a mask that leaves out tokens which the cache holds already, or counts padding among them.
 
